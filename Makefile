@@ -1,0 +1,41 @@
+# make train: watch a small model learn; make test: prove that everything works. Each sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= arithmetic
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: train test test-slow lint bench clean
+
+train: $(VENV)/.installed
+	$(BIN)/fastrl train $(RECIPE) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest bench $(ARGS)
+
+# torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist fastrl/*.so *.egg-info

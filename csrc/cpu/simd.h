@@ -1,0 +1,130 @@
+// Vectors of the instruction set being compiled, in its namespace: GCC's and Clang's vector types,
+// so that one source serves all of them. Only +, -, *, comparisons and shuffles, in the order
+// written (the build has -ffp-contract=off): every instruction set computes the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {  // a file may ask for fewer lanes than another: nothing here is shared between them
+
+#ifndef FASTRL_MAX_LANES
+#define FASTRL_MAX_LANES 16
+#endif
+#if defined(__AVX512F__)
+constexpr int kNativeLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kNativeLanes = 8;
+#else
+constexpr int kNativeLanes = 4;
+#endif
+constexpr int kLanes = kNativeLanes < FASTRL_MAX_LANES ? kNativeLanes : FASTRL_MAX_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
+
+inline Vec splat(float x) {
+  return Vec{} + x;
+}
+
+inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Vec v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline IVec as_int(Vec v) {
+  IVec bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+inline Vec as_float(IVec bits) {
+  Vec v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline Vec select(IVec where, Vec a, Vec b) {
+  return where ? a : b;
+}
+
+// NaN in x stays NaN, as in torch.clamp.
+inline Vec at_most(Vec x, Vec limit) {
+  return select(limit < x, limit, x);
+}
+
+template <int... J>
+inline Vec shuffle(Vec x, Vec y, std::integer_sequence<int, J...>) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(x, y, J...);
+#else
+  return __builtin_shuffle(x, y, IVec{J...});
+#endif
+}
+
+template <int... J>
+inline Vec shift_in(Vec x, float last, std::integer_sequence<int, J...>) {
+  return shuffle(x, splat(last), std::integer_sequence<int, J + 1 ...>());
+}
+
+// x without its first lane, and `last` behind it.
+inline Vec shift_in(Vec x, float last) {
+  return shift_in(x, last, std::make_integer_sequence<int, kLanes>());
+}
+
+template <int Block, int... J>
+inline void swap_blocks(Vec& x, Vec& y, std::integer_sequence<int, J...>) {
+  const Vec low =
+      shuffle(x, y, std::integer_sequence<int, (J & Block ? J - Block + kLanes : J)...>());
+  y = shuffle(x, y, std::integer_sequence<int, (J & Block ? J + kLanes : J + Block)...>());
+  x = low;
+}
+
+// Transposes kLanes rows in place. A step swaps the off-diagonal blocks of each 2 Block x 2 Block
+// tile:
+//   | a b |      | a c |
+//   | c d |  ->  | b d |
+template <int Block = 1>
+inline void transpose(Vec (&rows)[kLanes]) {
+  if constexpr (Block < kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & Block) == 0) {
+        swap_blocks<Block>(rows[i], rows[i + Block], std::make_integer_sequence<int, kLanes>());
+      }
+    }
+    transpose<2 * Block>(rows);
+  }
+}
+
+// e^x within 2 ulp; inf and 0 beyond the range of float, NaN for NaN.
+// x = n ln 2 + r with |r| <= ln(2) / 2, a Taylor polynomial for e^r, then 2^n in two factors so
+// that results below the smallest normal number keep what float can hold.
+inline Vec exp(Vec x) {
+  x = select(x > splat(89.0f), splat(89.0f), x);
+  x = select(x < splat(-104.0f), splat(-104.0f), x);
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer below
+  const Vec shifted = x * 1.44269504f + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = splat(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = (p * (r * r) + r) + 1.0f;
+  const IVec whole = as_int(shifted) - as_int(splat(kRound)), half = whole >> 1;
+  return (p * as_float((half + 127) << 23)) * as_float((whole - half + 127) << 23);
+}
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl

@@ -1,0 +1,3 @@
+from fastrl.cli import app
+
+app()

@@ -1,0 +1,86 @@
+"""The command line: fastrl train | report | doctor."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    help="Fast RL and inverse-RL post-training of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A recipe file, or the name of a shipped recipe such as arithmetic."),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting: key.path=value. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run folder to make; default runs/<name>-seed<seed>-<time>."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder, exactly where it stopped.")
+    ] = None,
+) -> None:
+    """Train a model as a recipe says, then write a report of the run."""
+    console = Console()
+    if (recipe is None) == (resume is None):
+        _fail("give a RECIPE to start a run, or --resume RUN to continue one")
+    if resume is not None and (override or out):
+        _fail("--resume continues a run as it is; --set and --out go with a recipe")
+    from transformers.utils import logging
+
+    from fastrl import train as trainer
+    from fastrl.train.report import write_report
+
+    logging.disable_progress_bar()
+    try:
+        if resume is not None:
+            folder = trainer.resume(resume, console)
+        else:
+            assert recipe is not None
+            folder = trainer.run(trainer.load_recipe(recipe, override or []), out, console)
+        page = write_report(folder)
+    except (ValueError, trainer.CheckpointError, trainer.TrainingError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; fastrl train --resume RUN continues from the last checkpoint", code=130)
+    console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write RUN/report.html: learning curves and sample completions."""
+    from fastrl.train import CheckpointError
+    from fastrl.train.report import print_summary, write_report
+
+    try:
+        page = write_report(run)
+        print_summary(run, Console())
+    except (CheckpointError, ValueError, OSError) as error:
+        _fail(str(error))
+    Console().print(f"report {page}", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, which implementation each op uses, and what is missing."""
+    from fastrl.doctor import print_diagnosis
+
+    raise typer.Exit(print_diagnosis(Console()))
+
+
+def _fail(message: str, code: int = 2) -> None:
+    Console(stderr=True).print(f"[bold red]error[/bold red]: {escape(message)}", highlight=False)
+    raise typer.Exit(code)

@@ -1,0 +1,28 @@
+"""What fastrl knows of Hugging Face decoder-only models."""
+
+from fastrl.models.head import LmHead, backbone, lm_head, verify_lm_head
+from fastrl.models.load import (
+    add_lora,
+    build_model,
+    character_tokenizer,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    save_pretrained,
+)
+from fastrl.models.logprobs import completion_logprobs
+
+__all__ = [
+    "LmHead",
+    "add_lora",
+    "backbone",
+    "build_model",
+    "character_tokenizer",
+    "check_vocabulary",
+    "completion_logprobs",
+    "lm_head",
+    "load_model",
+    "load_tokenizer",
+    "save_pretrained",
+    "verify_lm_head",
+]

@@ -1,0 +1,88 @@
+"""Verifiable tasks from the reasoning-gym library: problems, answers and their verifier."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+Problem = dict[str, Any]
+
+
+def _create(task: str, **arguments: Any):
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        close = difflib.get_close_matches(task, DATASETS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see reasoning_gym.factory.DATASETS"
+        raise ValueError(f"reasoning_gym task {task!r} is unknown; {hint}")
+    try:
+        return reasoning_gym.create_dataset(task, **arguments)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(
+            f"reasoning_gym task {task!r} with options {arguments}: {error}"
+        ) from error
+
+
+def _render(template: str, entry: Problem) -> str:
+    try:
+        return template.format(**(entry["metadata"] | {"question": entry["question"]}))
+    except (KeyError, IndexError, ValueError) as error:
+        fields = ", ".join(["question", *entry["metadata"]])
+        raise ValueError(
+            f"prompt template {template!r} does not fit ({error}); fields: {fields}"
+        ) from None
+
+
+def make_problems(
+    task: str, options: dict[str, Any], size: int, eval_size: int, seed: int, template: str
+) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems of a task, as rows with `prompt`, `completion` and `entry`.
+
+    The held-out problems are distinct, and none of their prompts is among the training ones.
+    Raises `ValueError` for an unknown task, bad options, a template that does not fit, and for a
+    task with too few distinct problems to hold any out.
+    """
+
+    def rows(dataset) -> list[Problem]:
+        return [
+            {"prompt": _render(template, e), "completion": str(e["answer"]), "entry": e}
+            for e in dataset
+        ]
+
+    held_out: dict[str, Problem] = {}
+    if eval_size:
+        for row in rows(_create(task, seed=seed + 1, size=4 * eval_size, **options)):
+            held_out.setdefault(row["prompt"], row)
+            if len(held_out) == eval_size:
+                break
+    train = [
+        row
+        for row in rows(_create(task, seed=seed, size=size, **options))
+        if row["prompt"] not in held_out
+    ]
+    if not train:
+        raise ValueError(
+            f"reasoning_gym task {task!r} has too few distinct problems for eval_size={eval_size}: "
+            "none is left to train on"
+        )
+    return train, list(held_out.values())
+
+
+def verifier(task: str, options: dict[str, Any]) -> Callable[..., list[float]]:
+    """A reward function that scores completions with the task's own verifier, in [0, 1].
+
+    The answer is the text inside `<answer>` tags where there are any, else the whole completion,
+    stripped.
+    """
+    from reasoning_gym.utils import extract_answer
+
+    dataset = _create(task, seed=0, size=1, **options)
+
+    def reasoning_gym(prompts, completions, entry, **_) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        answers = [extract_answer(t) if "<answer>" in t else t.strip() for t in texts]
+        return [
+            float(dataset.score_answer(a, entry=e)) for a, e in zip(answers, entry, strict=True)
+        ]
+
+    return reasoning_gym

@@ -1,0 +1,81 @@
+"""What to sample and what comes back."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn; temperature 0 is greedy.
+
+    top_k 0, top_p 1 and min_p 0 are off; truncation is applied in that order. `stop` strings end a
+    completion and stay part of it. A completion depends on (seed, its row, its position), not on
+    the batch around it. Raises `ValueError` for values out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 256
+    eos_token_id: int | tuple[int, ...] | None = None
+    stop: tuple[str, ...] = field(default=())
+    ignore_eos: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, value, ok, right in (
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or positive"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or positive"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            (
+                "stop",
+                self.stop,
+                not isinstance(self.stop, str) and all(self.stop),
+                "non-empty strings",
+            ),
+        ):
+            if not ok:
+                raise ValueError(f"{name}={value!r} must be {right}")
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Lengths of groups `prompt | c_1 | ... | c_G`, each c following the prompt."""
+
+    prompt_lengths: tuple[int, ...]
+    completion_lengths: tuple[int, ...]
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B = prompts x group_size completions, groups next to each other.
+
+    prompt_ids: B lists (rows of a group share one); completion_ids `[B, T]` int64, right-padded
+    with 0; completion_mask `[B, T]` bool, true up to and including the stop token; logprobs `[B,
+    T]` float32 of the distribution sampled from, untruncated_logprobs of the one before top-k,
+    top-p and min-p (equal without them); finish_reason "stop" or "length"; weight_version: the
+    weights' version at sampling.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: Tensor
+    completion_mask: Tensor
+    logprobs: Tensor
+    untruncated_logprobs: Tensor
+    finish_reason: list[str]
+    layout: GroupLayout
+    weight_version: int
+
+    def completion_lists(self) -> list[list[int]]:
+        """The completions as lists of ids, without padding."""
+        return [
+            ids[:n]
+            for ids, n in zip(
+                self.completion_ids.tolist(), self.layout.completion_lengths, strict=True
+            )
+        ]

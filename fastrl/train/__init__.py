@@ -1,0 +1,19 @@
+"""The thin trainer: recipes, one loop, checkpoints and tracking."""
+
+from fastrl.train.checkpoints import CheckpointError
+from fastrl.train.config import Config, ConfigError, load_recipe, parse_config, shipped_recipes
+from fastrl.train.data import DataError
+from fastrl.train.loop import TrainingError, resume, run
+
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "TrainingError",
+    "load_recipe",
+    "parse_config",
+    "resume",
+    "run",
+    "shipped_recipes",
+]

@@ -1,0 +1,210 @@
+"""Run folders and checkpoints: whole or absent, never half-written; safetensors and JSON only."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastrl.train import config as cfg
+from fastrl.train.optimizer import Optimizer
+
+FORMAT = "fastrl-checkpoint"
+VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A run folder or checkpoint that is missing, damaged, not fastrl's or cannot be written."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: `step` counts over all stages, `stage_step` within `stage`."""
+
+    step: int = 0
+    stage: str = ""
+    stage_step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+def create_run(folder: Path, config: cfg.Config) -> None:
+    """Make a new run folder that holds the resolved recipe.
+
+    Raises `CheckpointError` if it exists.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise CheckpointError(
+            f"run folder {str(folder)!r} already exists; choose another with --out, or "
+            f"continue it with --resume"
+        ) from None
+    write_whole(folder / "config.yaml", cfg.dump_config(config).encode())
+
+
+def open_run(folder: Path) -> cfg.Config:
+    """The recipe of an existing run; raises `CheckpointError` for a folder that is not a run's."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{str(folder)!r} is not a fastrl run: it holds no config.yaml")
+    return cfg.load_recipe(str(path))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under another name, sync it, then rename it into place."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a temporary folder, sync all of it, then rename it to `folder`.
+
+    Raises `CheckpointError` where writing fails (a full disk, say); whatever was at `folder` stays
+    as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write {str(folder)!r}: {error}; what was saved before is untouched"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Trainable parameters as safetensors."""
+    save_file({n: p.contiguous() for n, p in trainable(model).items()}, path)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Take over what `save_weights` wrote.
+
+    Raises `CheckpointError` where names or shapes differ.
+    """
+    saved, current = load_file(path), trainable(model)
+    if saved.keys() != current.keys() or any(saved[n].shape != p.shape for n, p in current.items()):
+        raise CheckpointError(f"{str(path)!r} holds the weights of another model")
+    for name, parameter in current.items():
+        parameter.copy_(saved[name])
+
+
+def save(
+    folder: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, keep: int
+) -> Path:
+    """Write `folder/checkpoints/step-N`, then delete all but the newest `keep`."""
+
+    def fill(temporary: Path) -> None:
+        save_weights(model, temporary / "model.safetensors")
+        save_file(optimizer.state(), temporary / "optimizer.safetensors")
+        files = {
+            p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in temporary.iterdir()
+        }
+        state = {"format": FORMAT, "version": VERSION, "progress": asdict(progress), "files": files}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+
+    target = folder / "checkpoints" / f"step-{progress.step:08d}"
+    write_folder(target, fill)
+    for old in _saved(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _saved(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, or None before the first."""
+    saved = _saved(folder)
+    return saved[-1] if saved else None
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Check a checkpoint against its list of files.
+
+    Raises `CheckpointError` naming what is wrong with it.
+    """
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_text())
+        if state["format"] != FORMAT:
+            raise KeyError
+        if state["version"] != VERSION:
+            raise CheckpointError(
+                f"checkpoint {str(checkpoint)!r} has version {state['version']}, this fastrl "
+                f"reads {VERSION}"
+            )
+        files, progress = state["files"], Progress(**state["progress"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{str(checkpoint)!r} is not a fastrl checkpoint: no readable state.json"
+        ) from None
+    for name, expected in files.items():
+        part = checkpoint / name
+        if not part.is_file() or part.stat().st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {str(checkpoint)!r} is truncated: {name} is not whole"
+            )
+        if _digest(part) != expected["sha256"]:
+            raise CheckpointError(
+                f"checkpoint {str(checkpoint)!r} is damaged: {name} has another checksum"
+            )
+    return progress
+
+
+def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
+    """Take over the optimizer state of a checkpoint.
+
+    Raises `CheckpointError` if it is another model's.
+    """
+    try:
+        optimizer.load(load_file(checkpoint / "optimizer.safetensors"))
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{str(checkpoint)!r} holds another model's optimizer state: {error}"
+        ) from None

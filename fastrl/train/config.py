@@ -1,0 +1,347 @@
+"""The recipe: every setting of a run, checked before any work is done."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastrl.losses.policy import KLEstimator
+from fastrl.losses.reduction import Reduction
+
+
+class ConfigError(ValueError):
+    """A recipe or a setting that cannot be run.
+
+    The message names the key, the value and what would be right.
+    """
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Architecture(Section):
+    """A Qwen3-type model built from scratch."""
+
+    hidden_size: int = Field(128, ge=8)
+    num_layers: int = Field(4, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int = Field(2, ge=1)
+    head_dim: int = Field(32, ge=2, multiple_of=2)
+    intermediate_size: int = Field(384, ge=8)
+    context_length: int = Field(128, ge=2)
+    tie_embeddings: bool = True
+    vocab_size: int | None = Field(None, ge=4, description="default: the tokenizer's size")
+
+    @model_validator(mode="after")
+    def _heads(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        return self
+
+
+class Lora(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class Model(Section):
+    """Either an existing checkpoint (`path`) or a small model built here (`architecture`)."""
+
+    path: str | None = Field(None, description="local Hugging Face directory or hub id")
+    architecture: Architecture | None = None
+    alphabet: str | None = Field(None, description="characters of a character-level tokenizer")
+    tokenizer: str | None = Field(
+        None, description="directory or hub id; default: the model's path"
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    lora: Lora | None = None
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError(
+                "give either path (an existing model) or architecture (build one), not both"
+            )
+        if self.alphabet is not None and self.tokenizer is not None:
+            raise ValueError("give either alphabet or tokenizer, not both")
+        if self.path is None and self.alphabet is None and self.tokenizer is None:
+            raise ValueError("a model built from an architecture needs alphabet or tokenizer")
+        return self
+
+
+class ReasoningGym(Section):
+    """A procedural task of the reasoning-gym library: its prompts, answers and verifier."""
+
+    task: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    size: int = Field(10_000, ge=1, description="training problems")
+    eval_size: int = Field(
+        200, ge=0, description="held-out problems, disjoint from the training ones"
+    )
+    seed: int = Field(0, description="of the problems; independent of the run's seed")
+    prompt: str = Field(
+        "{question}", description="format string over question and the entry's metadata"
+    )
+
+
+class Data(Section):
+    """Where prompts and demonstrations come from: one of reasoning_gym and train_file."""
+
+    reasoning_gym: ReasoningGym | None = None
+    train_file: Path | None = Field(
+        None, description="JSON lines or parquet: prompt, completion ..."
+    )
+    eval_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.reasoning_gym is None) == (self.train_file is None):
+            raise ValueError("give one of reasoning_gym and train_file")
+        if self.eval_file is not None and self.train_file is None:
+            raise ValueError(
+                "eval_file goes with train_file; reasoning_gym makes its own held-out set"
+            )
+        return self
+
+
+class Reward(Section):
+    """A function `f(prompts, completions, **columns) -> list[float]` and its weight."""
+
+    function: str = Field(
+        description="import path module:function, or reasoning_gym for the task's verifier"
+    )
+    weight: float = 1.0
+    threshold: float | None = Field(
+        None,
+        description="the score becomes 1 where it reaches this and 0 elsewhere: no partial credit",
+    )
+
+
+class Optimizer(Section):
+    """AdamW with gradient clipping, linear warm-up and a decay to `final_lr_fraction` of `lr`."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_fraction: float = Field(0.1, ge=0, le=1)
+
+
+class Stage(Section):
+    """What all algorithms share. A stage is one algorithm run for a number of optimizer steps."""
+
+    steps: int = Field(ge=1)
+    optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
+    micro_batch_size: int = Field(64, ge=1, description="rows per forward and backward pass")
+    eval_every: int = Field(50, ge=1)
+
+
+class SFT(Stage):
+    algorithm: Literal["sft"] = "sft"
+    batch_size: int = Field(64, ge=1, description="demonstrations per optimizer step")
+    reduction: Reduction = "dapo"
+
+
+class GRPO(Stage):
+    """Group-relative policy optimisation; see `fastrl.losses.policy_loss` for the coefficients."""
+
+    algorithm: Literal["grpo"] = "grpo"
+    prompts_per_step: int = Field(16, ge=1)
+    group_size: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    updates_per_batch: int = Field(
+        1, ge=1, description="optimizer updates on each batch of rollouts"
+    )
+    eps_low: float = Field(0.2, ge=0, le=1)
+    eps_high: float = Field(0.2, ge=0)
+    dual_clip: float | None = Field(None, gt=1)
+    kl_coef: float = Field(0.0, ge=0)
+    kl_estimator: KLEstimator = "k3"
+    scale_advantages: bool = True
+    reduction: Reduction = "dapo"
+
+
+class Config(Section):
+    """A whole run: model, data, rewards and stages, in the order in which they are given."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: Model
+    data: Data
+    rewards: tuple[Reward, ...] = ()
+    stages: dict[str, SFT | GRPO] = Field(min_length=1)
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="tokens; a longer prompt is an error"
+    )
+    max_completion_length: int = Field(
+        256, ge=1, description="tokens sampled or learned per completion"
+    )
+    save_every: int = Field(50, ge=1, description="optimizer steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    rollout_rows: int = Field(256, ge=1, description="completions decoded at a time")
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _algorithm_from_name(cls, values: Any) -> Any:
+        stages = values.get("stages") if isinstance(values, dict) else None
+        if not isinstance(stages, dict):
+            return values
+        classes = {"sft": SFT, "grpo": GRPO}
+        chosen = {}
+        for name, stage in stages.items():
+            if not isinstance(stage, dict):
+                chosen[name] = stage
+                continue
+            algorithm = stage.get("algorithm", name)
+            if algorithm not in classes:
+                raise ValueError(
+                    f"stages.{name}: algorithm {algorithm!r} is unknown; use one of "
+                    f"{', '.join(classes)}"
+                )
+            try:
+                chosen[name] = classes[algorithm](**stage)
+            except ValidationError as error:
+                raise ConfigError(
+                    "\n".join(_messages(error, cls, ("stages", name), classes[algorithm]))
+                ) from None
+        return values | {"stages": chosen}
+
+    @model_validator(mode="after")
+    def _rewards_where_needed(self):
+        if not self.rewards and any(s.algorithm != "sft" for s in self.stages.values()):
+            raise ValueError("rewards is empty, but a stage other than sft needs at least one")
+        names = [r.function for r in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards names a function twice: {', '.join(names)}")
+        if "reasoning_gym" in names and self.data.reasoning_gym is None:
+            raise ValueError("the reward reasoning_gym needs data.reasoning_gym")
+        return self
+
+
+def _fields_at(model: Any, path: tuple) -> list[str]:
+    for key in path:
+        field = getattr(model, "model_fields", {}).get(key)
+        candidates = (
+            [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        )
+        model = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None
+        )
+    return list(getattr(model, "model_fields", {}))
+
+
+def _messages(error: ValidationError, root: Any, prefix: tuple = (), at: Any = None) -> list[str]:
+    out = []
+    for e in error.errors():
+        where = ".".join(map(str, (*prefix, *e["loc"])))
+        if isinstance(e.get("ctx", {}).get("error"), ConfigError):
+            out.append(str(e["ctx"]["error"]))
+        elif e["type"] == "extra_forbidden":
+            names = _fields_at(at or root, e["loc"][:-1])
+            close = difflib.get_close_matches(str(e["loc"][-1]), names, n=1)
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"known keys: {', '.join(sorted(names))}"
+            )
+            out.append(f"unknown key {where!r}; {hint}")
+        else:
+            given = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
+            text = e["msg"].removeprefix("Value error, ")
+            out.append(f"{where}: {text}{given}" if where else text)
+    return out
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Check a recipe's values; raises `ConfigError` that names every bad key, with a suggestion."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_messages(error, Config))) from None
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("fastrl.recipes")
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def load_recipe(recipe: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """Read a recipe (a YAML file or a shipped one's name) and apply `key.path=value` overrides.
+
+    Raises `ConfigError` for a file that is missing or not a mapping, a malformed override and bad
+    values.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        text = path.read_text()
+    elif recipe.removesuffix(".yaml") in shipped_recipes():
+        text = (
+            resources.files("fastrl.recipes") / f"{recipe.removesuffix('.yaml')}.yaml"
+        ).read_text()
+    else:
+        raise ConfigError(
+            f"recipe {recipe!r} is neither a file nor a shipped recipe "
+            f"({', '.join(shipped_recipes())})"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {recipe!r} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {recipe!r} must be a mapping of settings")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, found, text = override.partition("=")
+    if not found or not path.strip():
+        raise ConfigError(f"--set {override!r} must look like key.path=value")
+    *parents, last = path.strip().split(".")
+    at: Any = values
+    for i, key in enumerate(parents):
+        at = (
+            at[int(key)]
+            if isinstance(at, list) and key.isdigit() and int(key) < len(at)
+            else (at.setdefault(key, {}) if isinstance(at, dict) else None)
+        )
+        if not isinstance(at, dict | list):
+            raise ConfigError(
+                f"--set {override!r}: {'.'.join(parents[: i + 1])!r} is not a section"
+            )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
+    if isinstance(at, list):
+        if not last.isdigit() or int(last) >= len(at):
+            raise ConfigError(f"--set {override!r}: {last!r} is not an index below {len(at)}")
+        at[int(last)] = value
+    else:
+        at[last] = value
+
+
+def dump_config(config: Config) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

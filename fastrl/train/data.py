@@ -1,0 +1,210 @@
+"""Prompts and demonstrations: read, checked and tokenized before training starts."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fastrl.reward.reasoning_gym import make_problems
+from fastrl.train import config as cfg
+
+RESERVED = ("prompt", "completion", "chosen", "rejected")
+
+
+class DataError(ValueError):
+    """A data file or row that cannot be used.
+
+    The message names the file, the line and what would be right.
+    """
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: the prompt as given and as ids, and the demonstration's ids with eos, if any."""
+
+    prompt: Any
+    prompt_ids: list[int]
+    completion_ids: list[int] | None
+    columns: dict[str, Any]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines or parquet file.
+
+    Raises `DataError` naming the line that is wrong.
+    """
+    if not path.is_file():
+        raise DataError(f"data file {str(path)!r} does not exist")
+    if path.suffix == ".parquet":
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise DataError(
+                f"reading {str(path)!r} needs the datasets package: pip install fastrl[data]"
+            ) from None
+        rows = [dict(r) for r in load_dataset("parquet", data_files=str(path), split="train")]
+    else:
+        rows = []
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise DataError(
+                        f"{path}, line {number}: must be a JSON object, got {line.strip()[:60]!r}"
+                    )
+                rows.append(row)
+    if not rows:
+        raise DataError(f"data file {str(path)!r} is empty; it must hold at least one row")
+    return rows
+
+
+def load_examples(
+    config: cfg.Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples of a recipe.
+
+    Raises `DataError` for unreadable, empty or incomplete data, for prompts over
+    `max_prompt_length`, for demonstrations over `max_completion_length` and for text outside the
+    tokenizer's vocabulary.
+    """
+    if config.data.reasoning_gym is not None:
+        gym = config.data.reasoning_gym
+        train, held_out = make_problems(
+            gym.task, gym.options, gym.size, gym.eval_size, gym.seed, gym.prompt
+        )
+        source, eval_source = f"reasoning_gym {gym.task}", f"reasoning_gym {gym.task} (held out)"
+    else:
+        assert config.data.train_file is not None
+        source, eval_source = str(config.data.train_file), str(config.data.eval_file)
+        train = read_rows(config.data.train_file)
+        held_out = read_rows(config.data.eval_file) if config.data.eval_file else []
+    demonstrations = any(s.algorithm == "sft" for s in config.stages.values())
+    return (
+        [
+            _example(r, f"{source}, row {i}", config, tokenizer, demonstrations)
+            for i, r in enumerate(train, 1)
+        ],
+        [
+            _example(
+                r,
+                f"{eval_source}, row {i}",
+                config,
+                tokenizer,
+                demonstrations and "completion" in r,
+            )
+            for i, r in enumerate(held_out, 1)
+        ],
+    )
+
+
+def _conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
+    )
+
+
+def _example(
+    row: dict[str, Any],
+    where: str,
+    config: cfg.Config,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstration: bool,
+) -> Example:
+    for column in ("prompt", "completion") if demonstration else ("prompt",):
+        if row.get(column) in (None, "", []):
+            raise DataError(
+                f"{where}: column {column!r} is missing or empty; it has {', '.join(row) or 'none'}"
+            )
+    prompt = row["prompt"]
+    completion_ids = None
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        if demonstration:
+            text = row["completion"]
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{where}: completion must be a string like prompt, got {type(text).__name__}"
+                )
+            completion_ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [
+                tokenizer.eos_token_id
+            ]
+    elif _conversation(prompt):
+        if tokenizer.chat_template is None:
+            raise DataError(
+                f"{where}: the prompt is conversational but the tokenizer has no chat template"
+            )
+        prompt_ids = _chat_ids(tokenizer, prompt, True)
+        if demonstration:
+            if not _conversation(row["completion"]):
+                raise DataError(f"{where}: completion must be a list of messages like prompt")
+            whole = _chat_ids(tokenizer, prompt + row["completion"], False)
+            if whole[: len(prompt_ids)] != prompt_ids:
+                raise DataError(
+                    f"{where}: the chat template renders the prompt differently with its completion"
+                )
+            completion_ids = whole[len(prompt_ids) :]
+    else:
+        raise DataError(
+            f"{where}: prompt must be a string or a list of messages, got {str(prompt)[:60]!r}"
+        )
+    for name, ids, limit in (
+        ("prompt", prompt_ids, config.max_prompt_length),
+        ("completion", completion_ids or [], config.max_completion_length),
+    ):
+        if limit is not None and len(ids) > limit:
+            raise DataError(
+                f"{where}: the {name} has {len(ids)} tokens, more than max_{name}_length={limit}"
+            )
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise DataError(
+                f"{where}: the {name} holds characters that the tokenizer does not know: "
+                f"{row[name]!r}"
+            )
+    columns = {k: v for k, v in row.items() if k not in RESERVED}
+    return Example(prompt, prompt_ids, completion_ids, columns)
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], generation: bool
+) -> list[int]:
+    rendered: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=generation, return_dict=True
+    )
+    return rendered["input_ids"]
+
+
+def check_context(examples: list[Example], max_completion_length: int, context: int | None) -> None:
+    """Raise `DataError` for the first example that leaves no room for its completion."""
+    if context is None:
+        return
+    for i, example in enumerate(examples, 1):
+        if len(example.prompt_ids) + max_completion_length > context:
+            raise DataError(
+                f"row {i}: the prompt has {len(example.prompt_ids)} tokens and "
+                f"max_completion_length is "
+                f"{max_completion_length}: more than the model's context of {context}"
+            )
+
+
+def batch_indices(size: int, batch: int, step: int, seed: int) -> list[int]:
+    """Rows of step `step`, from a fresh permutation each epoch; a function of its arguments.
+
+    Batches run on across epochs, so that every row is used once per epoch whatever the batch size.
+    """
+    out: list[int] = []
+    position = step * batch
+    while len(out) < batch:
+        epoch, offset = divmod(position, size)
+        order = np.random.default_rng((seed, epoch)).permutation(size)
+        chunk = order[offset : offset + batch - len(out)]
+        out += chunk.tolist()
+        position += len(chunk)
+    return out

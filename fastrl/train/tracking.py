@@ -1,0 +1,176 @@
+"""What a run shows and records: JSON lines, a progress bar, tables, trackers."""
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fastrl.train import config as cfg
+from fastrl.train.batches import Scored
+from fastrl.train.checkpoints import CheckpointError, write_whole
+
+SHOWN = ("loss", "nll", "reward", "eval/accuracy", "eval/nll", "completion_length")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a tracker whose package is not installed."""
+    packages = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+    for name in names:
+        if find_spec(packages[name]) is None:
+            raise cfg.ConfigError(f"tracker {name!r} is not installed; pip install 'fastrl[track]'")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line that a kill cut short is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Tracker:
+    """Writes `metrics.jsonl` and `samples.jsonl` and shows progress on the console.
+
+    Opened at step `done`, it first drops what was recorded after it, so that a resumed run has one
+    history.
+    """
+
+    def __init__(self, folder: Path, config: cfg.Config, done: int, console: Console | None = None):
+        self.console = console or Console()
+        self.files = {}
+        for name in ("metrics", "samples"):
+            path = folder / f"{name}.jsonl"
+            kept = [r for r in read_jsonl(path) if r["step"] <= done]
+            write_whole(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+            self.files[name] = path.open("a")
+        self.trackers = [_open_tracker(name, folder, config) for name in config.trackers]
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.last: dict[str, float] = {}
+
+    def __enter__(self) -> "Tracker":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        for file in self.files.values():
+            file.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def start_stage(self, name: str, done: int, total: int) -> None:
+        """A new bar for a stage."""
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task = self.progress.add_task(name, total=total, completed=done, rate="", figures="")
+        self.last = {}
+        self.console.print(f"[bold]{escape(name)}[/bold]: steps {done} to {total}")
+
+    def log(self, step: int, stage: str, stage_step: int, metrics: dict[str, float]) -> None:
+        """Record one step's metrics; non-finite ones are written as null."""
+        clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._write("metrics", {"step": step, "stage": stage, "stage_step": stage_step, **clean})
+        for tracker in self.trackers:
+            tracker.log(step, {f"{stage}/{k}": v for k, v in clean.items() if v is not None})
+        self.last |= {k: v for k, v in metrics.items() if k in SHOWN}
+        figures = "  ".join(f"{k} {v:.4g}" for k, v in self.last.items())
+        rate = (
+            f"{metrics['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in metrics else ""
+        )
+        if self.task is not None:
+            self.progress.update(self.task, completed=stage_step, figures=figures, rate=rate)
+        if any(k.startswith("eval/") for k in metrics):
+            self.console.print(f"  step {stage_step}: {figures}", highlight=False)
+
+    def samples(self, step: int, stage: str, kind: str, scored: Scored, shown: int = 4) -> None:
+        """Record and show some completions with their rewards, spread over the batch."""
+        stride = max(len(scored.completions) // max(shown, 1), 1)
+        table = Table(title=f"{stage}, {kind}, step {step}", title_justify="left")
+        for column in ("prompt", "completion", "reward"):
+            table.add_column(column, overflow="fold")
+        for i in list(range(0, len(scored.completions), stride))[:shown]:
+            prompt, text, reward = scored.prompts[i], scored.completions[i], scored.total[i]
+            row = {"step": step, "stage": stage, "kind": kind, "prompt": prompt, "completion": text}
+            self._write("samples", row | {"reward": reward})
+            table.add_row(escape(str(prompt)[-200:]), escape(text[:200]), f"{reward:.3g}")
+        self.console.print(table)
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        try:
+            self.files[name].write(json.dumps(row) + "\n")
+            self.files[name].flush()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.files[name].name!r}: {error}") from error
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, config: cfg.Config):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Hosted:
+    """wandb, or trackio, which has the same calls."""
+
+    def __init__(self, module: Any, folder: Path, config: cfg.Config, **arguments: Any):
+        self.module = module
+        module.init(
+            project="fastrl", name=folder.name, config=config.model_dump(mode="json"), **arguments
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.module.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+def _open_tracker(name: str, folder: Path, config: cfg.Config) -> Any:
+    if name == "tensorboard":
+        return _TensorBoard(folder, config)
+    if name == "wandb":
+        import wandb
+
+        return _Hosted(wandb, folder, config, dir=str(folder))
+    import trackio
+
+    return _Hosted(trackio, folder, config)

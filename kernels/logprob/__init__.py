@@ -1,0 +1,1 @@
+"""Fused log-probabilities, entropy and sampling from hidden states or logits."""

@@ -1,0 +1,169 @@
+"""Log-probabilities and sampling: argument checks and the choice of implementation."""
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels.logprob import reference
+from fastrl.kernels.logprob.reference import LogProbs, Samples
+from fastrl.kernels.native import choose
+
+# Implementations besides the reference; see fastrl.kernels.native.choose.
+IMPLEMENTATIONS: tuple[str, ...] = ()
+
+
+def _check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [V, H], got shape {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must end in weight's H={weight.shape[1]}, got shape {tuple(hidden.shape)}"
+        )
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V]=[{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
+
+
+def _check_target(target: Tensor, rows: torch.Size, name: str) -> None:
+    if target.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must be int64 or int32, got {target.dtype}")
+    if target.shape != rows:
+        raise ValueError(f"{name} must have shape {tuple(rows)}, got {tuple(target.shape)}")
+
+
+def _check_temperature(temperature: float | Tensor, rows: torch.Size) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.dim() and temperature.shape != rows:
+            raise ValueError(
+                f"temperature must be a number or a tensor of shape {tuple(rows)}, "
+                f"got shape {tuple(temperature.shape)}"
+            )
+    elif not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    impl: str = "auto",
+) -> LogProbs:
+    """Log-probability of `target` under the lm-head's softmax, with its logsumexp and entropy.
+
+    `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature`;
+    `lse = log sum_v exp z_v`; `logprob = z[target] - lse`; `entropy = lse - sum_v softmax(z)_v
+    z_v`.
+
+    hidden `[..., H]` and weight `[V, H]` are bf16, fp16, float32 or float64; target `[...]` is
+    int64; bias `[V]`; temperature is a number or `[...]`. Returns `LogProbs` of `[...]` float32
+    tensors in nats (float64 for float64 inputs), all differentiable; rows whose target is
+    `ignore_index` are 0. Raises `ValueError` for shapes, dtypes or values that do not fit and for
+    an unavailable `impl`.
+    """
+    choose("linear_logprob", impl, hidden.device, IMPLEMENTATIONS)
+    _check_linear(hidden, weight, bias, softcap)
+    _check_target(target, hidden.shape[:-1], "target")
+    _check_temperature(temperature, target.shape)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return reference.linear_logprob(
+            hidden,
+            weight,
+            target.long(),
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            entropy=entropy,
+        )
+
+
+def logprob_from_logits(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    impl: str = "auto",
+) -> LogProbs:
+    """Log-probability of `target` under `softmax(logits / temperature)`.
+
+    logits `[..., V]`; target `[...]` or `[..., K]` int64. Returns `LogProbs`: logprob shaped like
+    target, lse and entropy `[...]`, float32, in nats, differentiable. Raises `ValueError` for
+    shapes, dtypes or values that do not fit and for an unavailable `impl`.
+    """
+    choose("logprob_from_logits", impl, logits.device, IMPLEMENTATIONS)
+    rows = logits.shape[:-1]
+    _check_target(
+        target, rows if target.dim() < logits.dim() else (*rows, target.shape[-1]), "target"
+    )
+    _check_temperature(temperature, rows)
+    with torch.autocast(logits.device.type, enabled=False):
+        return reference.logprob_from_logits(
+            logits, target.long(), temperature=temperature, entropy=entropy
+        )
+
+
+@torch.no_grad()
+def linear_sample(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: str = "auto",
+) -> Samples:
+    """Draw one token per row from the lm-head's softmax, with its log-probability.
+
+    Gumbel-argmax with noise that is a pure function of (seed, position, vocabulary entry), so a
+    row's token does not depend on the rows beside it. Truncation is top-k, then top-p, then min-p;
+    temperature 0 is greedy. hidden `[M, H]`, weight `[V, H]`; seeds and positions `[M]` int64.
+    Returns `Samples`: token `[M]` int64; logprob `[M]` float32 under the distribution sampled from
+    (0 when greedy); untruncated_logprob `[M]` float32 under the untruncated one (at temperature 1
+    when greedy). Raises `ValueError` for shapes, dtypes or values that do not fit and for an
+    unavailable `impl`.
+    """
+    choose("linear_sample", impl, hidden.device, IMPLEMENTATIONS)
+    _check_linear(hidden, weight, bias, softcap)
+    _check_target(seeds, hidden.shape[:-1], "seeds")
+    _check_target(positions, hidden.shape[:-1], "positions")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (off) or positive")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must lie in (0, 1]")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} must lie in [0, 1]")
+    with torch.autocast(hidden.device.type, enabled=False):
+        return reference.linear_sample(
+            hidden,
+            weight,
+            seeds=seeds.long(),
+            positions=positions.long(),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )

@@ -1,0 +1,1 @@
+"""Reverse scans over tokens: advantages and returns."""

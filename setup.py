@@ -1,0 +1,100 @@
+"""What pyproject.toml cannot say: a folder per op family, and a build_ext that only calls CMake."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# One by one: mapping the whole folder would put a top-level package `kernels` on users' machines,
+# a name that belongs to Hugging Face.
+FAMILIES = sorted(p.parent.name for p in ROOT.glob("kernels/*/__init__.py"))
+
+
+def choice(variable: str) -> str:
+    """The value of an auto|on|off environment variable, auto by default."""
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "on", "off"):
+        raise SystemExit(f"{variable}={value!r} is not one of auto, on, off")
+    return value
+
+
+def compiler() -> str | None:
+    """The C++ compiler that CMake will find, or None."""
+    named = os.environ.get("CXX", "").split()
+    return next(filter(None, map(shutil.which, [*named[:1], "c++", "g++", "clang++"])), None)
+
+
+def tool(name: str) -> str | None:
+    """A build tool from its wheel, which may not be on PATH, or from the system."""
+    try:
+        folder = (
+            getattr(__import__(name), f"{name.upper()}_BIN_DIR", None) or __import__(name).BIN_DIR
+        )
+    except (ImportError, AttributeError):
+        return shutil.which(name)
+    return shutil.which(name, path=folder) or shutil.which(name)
+
+
+class CMakeBuild(build_ext):
+    """Builds fastrl._C with the CMakeLists.txt beside this file, which is the single truth."""
+
+    def run(self) -> None:
+        native = choice("FASTRL_NATIVE")
+        if native == "auto" and compiler() is None:
+            native = "off"
+            print(
+                "WARNING: no C++ compiler found: fastrl installs without its native kernels and "
+                "runs on the slower reference and Triton paths. Install g++ and reinstall with "
+                "--no-cache-dir, or set FASTRL_NATIVE=off to silence this.",
+                file=sys.stderr,
+            )
+        if native == "off":
+            self.extensions = []
+        elif compiler() is None:
+            raise SystemExit("FASTRL_NATIVE=on, but no C++ compiler was found; install g++")
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        cmake = tool("cmake")
+        if cmake is None:
+            raise SystemExit("cmake was not found; pip install cmake")
+        ninja = tool("ninja")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        # A CMake from a build environment that is gone by now cannot be reused.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        configure = [
+            cmake,
+            *("-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DFASTRL_MODULE_FILE={target.name}",
+            f"-DFASTRL_CUDA={choice('FASTRL_CUDA')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        if ninja is not None:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+
+
+setup(
+    packages=[
+        *find_packages(include=["fastrl", "fastrl.*"]),
+        *(f"fastrl.kernels.{family}" for family in FAMILIES),
+    ],
+    package_dir={f"fastrl.kernels.{family}": f"kernels/{family}" for family in FAMILIES},
+    package_data={"fastrl": ["py.typed", "recipes/*.yaml"]},
+    include_package_data=False,
+    ext_modules=[Extension("fastrl._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

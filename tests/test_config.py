@@ -1,0 +1,92 @@
+"""Recipes: what is accepted, and what is refused with which words."""
+
+import pytest
+import yaml
+
+from fastrl.train import ConfigError, load_recipe, parse_config, shipped_recipes
+from fastrl.train.config import dump_config
+
+
+def test_shipped_recipes_load_and_round_trip(tmp_path):
+    assert {"arithmetic", "hf_grpo"} <= set(shipped_recipes())
+    for name in shipped_recipes():
+        config = load_recipe(name)
+        path = tmp_path / "again.yaml"
+        path.write_text(dump_config(config))
+        assert load_recipe(str(path)) == config
+
+
+def test_overrides(tmp_path, recipe):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    config = load_recipe(
+        str(path),
+        ["seed=7", "stages.grpo.optimizer.lr=1e-3", "rewards.0.weight=2", "model.dtype=bfloat16"],
+    )
+    assert config.seed == 7 and config.stages["grpo"].optimizer.lr == 1e-3
+    assert config.rewards[0].weight == 2 and config.model.dtype == "bfloat16"
+    for bad, message in (
+        ("seed", "must look like key.path=value"),
+        ("name.x=1", "'name' is not a section"),
+        ("rewards.9.weight=1", "is not a section"),
+        ("seed=[", "not YAML"),
+        ("sead=1", "unknown key 'sead'; did you mean 'seed'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(str(path), [bad])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("sede",), 1, "unknown key 'sede'; did you mean 'seed'"),
+        (
+            ("model", "architecture", "hiden_size"),
+            8,
+            "unknown key .*hiden_size.*did you mean 'hidden_size'",
+        ),
+        (
+            ("stages", "grpo", "groupsize"),
+            8,
+            "unknown key 'stages.grpo.groupsize'; did you mean 'group_size'",
+        ),
+        (
+            ("stages", "grpo", "optimizer"),
+            {"learning_rate": 1},
+            "unknown key 'stages.grpo.optimizer.learning_rate'",
+        ),
+        (
+            ("stages", "grpo", "group_size"),
+            1,
+            "stages.grpo.group_size: .*greater than or equal to 2, got 1",
+        ),
+        (("stages", "grpo", "reduction"), "sum", "stages.grpo.reduction.*got 'sum'"),
+        (("stages", "warm"), {"algorithm": "ppoo", "steps": 1}, "algorithm 'ppoo' is unknown"),
+        (("stages", "sft", "steps"), None, "stages.sft.steps"),
+        (("stages",), {}, "stages"),
+        (("name",), "a/b", "name"),
+        (("rewards",), [], "rewards is empty"),
+        (("model", "path"), "x", "give either path"),
+        (("model", "alphabet"), None, "needs alphabet or tokenizer"),
+        (("data", "train_file"), "x.jsonl", "give one of reasoning_gym and train_file"),
+        (("model", "architecture", "num_kv_heads"), 3, "must be a multiple of num_kv_heads=3"),
+        (("trackers",), ["tensorbord"], "trackers"),
+    ],
+)
+def test_bad_recipes_are_named(recipe, path, value, message):
+    at = recipe
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    with pytest.raises(ConfigError, match=message):
+        parse_config(recipe)
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(ConfigError, match="neither a file nor a shipped recipe"):
+        load_recipe("arithmetics")
+    path = tmp_path / "r.yaml"
+    for text, message in (("a: [", "not YAML"), ("- 1", "must be a mapping")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(str(path))
