@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -30,14 +31,8 @@ def compiler() -> str | None:
 
 
 def tool(name: str) -> str | None:
-    """A build tool from its wheel, which may not be on PATH, or from the system."""
-    try:
-        folder = (
-            getattr(__import__(name), f"{name.upper()}_BIN_DIR", None) or __import__(name).BIN_DIR
-        )
-    except (ImportError, AttributeError):
-        return shutil.which(name)
-    return shutil.which(name, path=folder) or shutil.which(name)
+    """A build tool from PATH, or from this environment where it is not activated."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
 class CMakeBuild(build_ext):
@@ -54,10 +49,18 @@ class CMakeBuild(build_ext):
                 file=sys.stderr,
             )
         if native == "off":
+            self._forget()
             self.extensions = []
         elif compiler() is None:
             raise SystemExit("FASTRL_NATIVE=on, but no C++ compiler was found; install g++")
         super().run()
+
+    def _forget(self) -> None:
+        """Removes what an earlier build left: it would be packed, or imported, all the same."""
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+            for stale in (built, Path(self.get_ext_fullpath(ext.name))):
+                stale.unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11

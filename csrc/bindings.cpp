@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/logprob.h"
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
 #include "cuda/error.h"
@@ -11,7 +12,11 @@
 #endif
 
 namespace py = pybind11;
+using fastrl::Float;
 using fastrl::GaeArgs;
+using fastrl::LinearArgs;
+using fastrl::LogprobBackwardArgs;
+using fastrl::LogprobForwardArgs;
 using fastrl::ReturnsArgs;
 using fastrl::Segments;
 using fastrl::VtraceArgs;
@@ -51,19 +56,57 @@ py::dict build_info() {
   return info;
 }
 
-void gae_cpu(const GaeArgs& args, int threads) {
-  FASTRL_DISPATCH(gae, args, threads)
+void gae_cpu(const GaeArgs& args, int threads) { FASTRL_DISPATCH(gae, args, threads) }
+void returns_cpu(const ReturnsArgs& args, int threads) { FASTRL_DISPATCH(returns, args, threads) }
+void vtrace_cpu(const VtraceArgs& args, int threads) { FASTRL_DISPATCH(vtrace, args, threads) }
+
+void linear_logprob_fwd_cpu(const LogprobForwardArgs& args, int threads) {
+  FASTRL_DISPATCH(linear_logprob_fwd, args, threads)
 }
-void returns_cpu(const ReturnsArgs& args, int threads) {
-  FASTRL_DISPATCH(returns, args, threads)
+void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args,
+                            int threads){FASTRL_DISPATCH(linear_logprob_bwd, args, threads)}
+
+LinearArgs
+    linear_args(int64_t rows, int64_t width, int64_t vocab, Address hidden, Float hidden_type,
+                Address weight, Float weight_type, int64_t weight_stride, Address bias,
+                Address inv_temperature, Address target, float logit_scale, float softcap) {
+  return {rows,
+          width,
+          vocab,
+          pointer<const void>(hidden),
+          hidden_type,
+          pointer<const void>(weight),
+          weight_type,
+          weight_stride,
+          pointer<const float>(bias),
+          pointer<const float>(inv_temperature),
+          pointer<const int64_t>(target),
+          logit_scale,
+          softcap};
 }
-void vtrace_cpu(const VtraceArgs& args, int threads) {
-  FASTRL_DISPATCH(vtrace, args, threads)
+
+LogprobForwardArgs forward_args(const LinearArgs& linear, Address logprob, Address lse,
+                                Address entropy) {
+  return {linear, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
+}
+
+LogprobBackwardArgs backward_args(const LinearArgs& linear, Address lse, Address entropy,
+                                  Address grad_logprob, Address grad_lse, Address grad_entropy,
+                                  Address grad_hidden, Address grad_weight, Address grad_bias) {
+  return {linear,
+          pointer<const float>(lse),
+          pointer<const float>(entropy),
+          pointer<const float>(grad_logprob),
+          pointer<const float>(grad_lse),
+          pointer<const float>(grad_entropy),
+          pointer<void>(grad_hidden),
+          pointer<void>(grad_weight),
+          pointer<float>(grad_bias)};
 }
 
 }  // namespace
 
-// Kernels run without the GIL. `where` is the number of threads on a CPU and the stream on a GPU.
+// Kernels run without the GIL. The last argument is a number of threads, or a stream on a GPU.
 PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
 
@@ -104,6 +147,16 @@ PYBIND11_MODULE(_C, m) {
                           c_bar};
       }));
 
+  py::enum_<Float>(m, "Float")
+      .value("float32", Float::f32)
+      .value("bfloat16", Float::bf16)
+      .value("float16", Float::f16);
+  py::class_<LinearArgs>(m, "linear_args").def(py::init(&linear_args));
+  py::class_<LogprobForwardArgs>(m, "linear_logprob_fwd_args").def(py::init(&forward_args));
+  py::class_<LogprobBackwardArgs>(m, "linear_logprob_bwd_args").def(py::init(&backward_args));
+
+  m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
+  m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());
   m.def("gae_cpu", &gae_cpu, release());
   m.def("discounted_returns_cpu", &returns_cpu, release());
   m.def("vtrace_cpu", &vtrace_cpu, release());

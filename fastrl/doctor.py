@@ -45,7 +45,7 @@ def _gpus() -> str:
 
 def print_diagnosis(console: Console) -> int:
     """Print the diagnosis; returns 0, or 1 where the ops run slower than this machine allows."""
-    from fastrl.kernels import native, ops
+    from fastrl.kernels import IMPLEMENTATIONS, native
 
     facts = Table(title="machine and packages", title_justify="left", show_header=False)
     build = {} if native.why_missing else native.module().build_info()
@@ -72,7 +72,7 @@ def print_diagnosis(console: Console) -> int:
     for column in ("op", "device", "implementation", "why not a faster one"):
         table.add_column(column, overflow="fold")
     slow = False
-    for op, has in ops().items():
+    for op, has in IMPLEMENTATIONS.items():
         for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
             at = torch.device(device)
             fast = [i for i in native.FAST[device] if i in has]

@@ -4,7 +4,9 @@
   FASTRL_ISA, FASTRL_NATIVE).
 - ``compile_triton``: a Triton kernel ahead of time, with what it costs.
 - ``compile_cuda``: a .cu with nvcc, warnings as errors, with what each kernel costs.
-- ``run_on_host``: a .cu built by g++ with tests/cuda_host, run under AddressSanitizer.
+- ``build_on_host``, ``run_on_host``: a .cu built by g++ with tests/cuda_host, run under
+  AddressSanitizer.
+- ``needs_gpu``: marks a test as one for a machine with a GPU, and skips it elsewhere.
 """
 
 import os
@@ -17,9 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
+
+
+def needs_gpu(test):
+    """Marks ``test`` with ``gpu`` and skips it where torch sees no CUDA device."""
+    missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+    return pytest.mark.gpu(missing(test))
 
 
 @dataclass(frozen=True)

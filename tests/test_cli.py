@@ -54,11 +54,11 @@ def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path, mo
 
 
 def test_doctor_names_every_op():
-    from fastrl.kernels import ops
+    from fastrl.kernels import IMPLEMENTATIONS
 
     result = fastrl("doctor")
     assert result.exit_code in (0, 1)
-    for word in (*ops(), "torch", "native kernels"):
+    for word in (*IMPLEMENTATIONS, "torch", "native kernels"):
         assert word in result.output
 
 

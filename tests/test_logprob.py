@@ -5,8 +5,13 @@ import math
 import pytest
 import torch
 
-from fastrl.kernels import linear_logprob, linear_sample, logprob_from_logits
+from fastrl.kernels import linear_logprob, linear_sample, logprob_from_logits, native
 from fastrl.kernels.logprob.reference import gumbel, truncate
+
+CPU = torch.device("cpu")
+IMPLS = [i for i in ("reference", "cpu") if native.unavailable(i, CPU) is None]
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+needs_cpu = pytest.mark.skipif("cpu" not in IMPLS, reason=f"no cpu kernels: {native.why_missing}")
 
 
 def problem(n=17, h=32, v=151, dtype=torch.float32, seed=0):
@@ -17,11 +22,12 @@ def problem(n=17, h=32, v=151, dtype=torch.float32, seed=0):
     return hidden.to(dtype), weight.to(dtype), target
 
 
-def test_hand_computed():
+@every_impl
+def test_hand_computed(impl):
     # Logits (log 1, log 2, log 5): probabilities 1/8, 2/8, 5/8.
     hidden = torch.tensor([[1.0]])
     weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
-    out = linear_logprob(hidden, weight, torch.tensor([2]), entropy=True)
+    out = linear_logprob(hidden, weight, torch.tensor([2]), entropy=True, impl=impl)
     assert out.logprob.item() == pytest.approx(math.log(5 / 8), abs=1e-6)
     assert out.lse.item() == pytest.approx(math.log(8), abs=1e-6)
     expected = -(1 / 8 * math.log(1 / 8) + 2 / 8 * math.log(2 / 8) + 5 / 8 * math.log(5 / 8))
@@ -33,9 +39,8 @@ def test_hand_computed():
         for w, b in zip(weight[:, 0].tolist(), bias.tolist(), strict=True)
     ]
     lse = math.log(sum(map(math.exp, z)))
-    out = linear_logprob(
-        hidden, weight, torch.tensor([1]), bias=bias, temperature=0.5, softcap=3.0, logit_scale=2.0
-    )
+    options = {"bias": bias, "temperature": 0.5, "softcap": 3.0, "logit_scale": 2.0, "impl": impl}
+    out = linear_logprob(hidden, weight, torch.tensor([1]), **options)
     assert out.logprob.item() == pytest.approx(z[1] - lse, abs=1e-6)
     assert out.entropy is None
 
@@ -50,13 +55,15 @@ def test_statistics_are_float32_and_close_to_float64(dtype):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=5e-5)
 
 
-def test_ignored_rows_are_zero_and_keep_nan_out_of_gradients():
+@every_impl
+def test_ignored_rows_are_zero_and_keep_nan_out_of_gradients(impl):
     hidden, weight, target = problem()
     target[3:9] = -100
     hidden[4] = float("nan")
     hidden.requires_grad_()
     weight.requires_grad_()
-    out = linear_logprob(hidden, weight, target, temperature=torch.full((17,), 0.7), entropy=True)
+    temperature = torch.full((17,), 0.7)
+    out = linear_logprob(hidden, weight, target, temperature=temperature, entropy=True, impl=impl)
     for x in out:
         assert torch.equal(x[3:9], torch.zeros(6)) and torch.isfinite(x).all()
     (out.logprob.sum() + out.entropy.sum() + out.lse.sum()).backward()
@@ -80,9 +87,10 @@ def test_gradients(which):
     assert torch.autograd.gradcheck(f, inputs)
 
 
-def test_extreme_logits():
+@every_impl
+def test_extreme_logits(impl):
     weight = torch.tensor([[-150.0], [-120.0], [-200.0]])
-    out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([1]), entropy=True)
+    out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([1]), entropy=True, impl=impl)
     assert out.lse.item() == pytest.approx(-120.0) and out.logprob.item() == pytest.approx(
         0.0, abs=1e-6
     )
@@ -101,14 +109,16 @@ def test_logprob_from_logits_with_several_targets():
     torch.testing.assert_close(one.logprob, want[..., 0])
 
 
-def test_works_compiled_and_under_autocast():
+@every_impl
+def test_works_compiled_and_under_autocast(impl):
     hidden, weight, target = problem(dtype=torch.bfloat16)
-    plain = linear_logprob(hidden, weight, target, entropy=True)
+    options = {"entropy": True, "impl": impl}
+    plain = linear_logprob(hidden, weight, target, **options)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = linear_logprob(hidden, weight, target, entropy=True)
+        cast = linear_logprob(hidden, weight, target, **options)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
     compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(tuple(compiled(hidden, weight, target, entropy=True)), tuple(plain))
+    torch.testing.assert_close(tuple(compiled(hidden, weight, target, **options)), tuple(plain))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +131,7 @@ def test_works_compiled_and_under_autocast():
         ({"bias": torch.zeros(3)}, r"bias must be \[V\]"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, "target must have shape"),
         ({"target": torch.zeros(17)}, "target must be int64"),
+        ({"temperature": torch.ones(3)}, "temperature must be a number or a tensor of shape"),
         ({"weight": torch.zeros(5, 31)}, "hidden must end in weight's H=31"),
     ],
 )
@@ -129,6 +140,180 @@ def test_bad_arguments_are_named(change, message):
     arguments = {"hidden": hidden, "weight": weight, "target": target} | change
     with pytest.raises(ValueError, match=message):
         linear_logprob(**arguments)
+
+
+def truth_and_errors(hidden, weight, target, impl, upstream, **options):
+    """Relative errors of logprob, lse, entropy and the three gradients against float64."""
+    bias = options.pop("bias", None)
+
+    def run(dtype, impl):
+        inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (hidden, weight)]
+        inputs += [] if bias is None else [bias.detach().to(dtype or bias.dtype).requires_grad_()]
+        out = linear_logprob(
+            *inputs[:2],
+            target,
+            bias=None if bias is None else inputs[2],
+            entropy=True,
+            impl=impl,
+            **options,
+        )
+        loss = sum((g * x).sum() for g, x in zip(upstream, out, strict=True))
+        return [x.detach().double() for x in (*out, *torch.autograd.grad(loss, inputs))]
+
+    truth = run(torch.float64, "reference")
+    return [
+        [
+            ((x - t).norm() / t.norm().clamp(min=1e-30)).item()
+            for x, t in zip(got, truth, strict=True)
+        ]
+        for got in (run(None, impl), run(None, "reference"))
+    ]
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "h", "v"),
+    [
+        (1, 32, 151),
+        (17, 33, 151),
+        (333, 64, 1009),
+        (20, 130, 32003),
+        (16, 896, 2003),
+        (2100, 10, 77),
+    ],
+)
+def test_cpu_error_is_at_most_twice_the_references(dtype, n, h, v):
+    hidden, weight, target = problem(n, h, v, dtype)
+    weight = weight * (2 / h**0.5)
+    upstream = [torch.randn(n) for _ in range(3)]
+    options = {
+        "bias": torch.randn(v),
+        "temperature": torch.rand(n) + 0.5,
+        "softcap": 6.0,
+        "logit_scale": 1.5,
+    }
+    for chosen in ({}, options):
+        kernel, reference = truth_and_errors(hidden, weight, target, "cpu", upstream, **chosen)
+        for mine, theirs in zip(kernel, reference, strict=True):
+            assert mine <= 2 * theirs + 2e-7
+
+
+@needs_cpu
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_cpu_gradients_of_each_output_alone(which):
+    """Entropy alone too: its gradient was silently zero elsewhere (trl#6625)."""
+    hidden, weight, target = problem(9, 32, 151)
+    upstream = [torch.zeros(9), torch.zeros(9), torch.zeros(9)]
+    upstream[which] = torch.randn(9)
+    kernel, _ = truth_and_errors(hidden, weight, target, "cpu", upstream)
+    assert max(kernel) < 1e-5
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_bits_depend_on_neither_batch_nor_threads(dtype):
+    hidden, weight, target = problem(150, 64, 5003, dtype)
+    target[::7] = -100
+    upstream = torch.randn(150)
+
+    def run(rows):
+        x = hidden[rows].requires_grad_()
+        out = linear_logprob(x, weight, target[rows], entropy=True, impl="cpu")
+        loss = ((out.logprob + 0.3 * out.entropy) * upstream[rows]).sum()
+        return [*out, *torch.autograd.grad(loss, x)]
+
+    whole = run(slice(None))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(run(slice(None)), whole, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    for rows in (slice(0, 1), slice(5, 6), slice(40, 57), slice(100, 150)):
+        for part, all_rows in zip(run(rows), whole, strict=True):
+            assert torch.equal(part, all_rows[rows])
+
+
+@needs_cpu
+def test_cpu_frozen_operands_layouts_and_empty_batches():
+    hidden, weight, target = problem(40, 32, 300)
+    wide = torch.cat([weight, weight], dim=1)
+    sliced, transposed = wide[:, :32], weight.T.contiguous().T
+    want = linear_logprob(hidden, weight, target, entropy=True, impl="cpu")
+    for w in (sliced, transposed):
+        got = linear_logprob(hidden.T.contiguous().T, w, target, entropy=True, impl="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    batch = linear_logprob(hidden.view(5, 8, 32), weight, target.view(5, 8), impl="cpu")
+    assert batch.logprob.shape == (5, 8) and torch.equal(batch.logprob.flatten(), want.logprob)
+    for frozen in (0, 1):
+        inputs = [hidden.clone(), weight.clone()]
+        inputs[1 - frozen].requires_grad_()
+        linear_logprob(*inputs, target, impl="cpu").logprob.sum().backward()
+        assert inputs[frozen].grad is None and inputs[1 - frozen].grad.abs().sum() > 0
+    for rows in (hidden[:0], hidden):
+        x, w = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+        ignored = torch.full((len(rows),), -100)
+        out = linear_logprob(x, w, ignored, entropy=True, impl="cpu")
+        (out.logprob.sum() + out.entropy.sum()).backward()
+        assert not out.logprob.any() and not x.grad.any() and not w.grad.any()
+
+
+@needs_cpu
+def test_cpu_tied_weights_and_mixed_dtypes():
+    _, weight, target = problem(12, 32, 151)
+    weight.requires_grad_()
+    grads = []
+    for impl in IMPLS:
+        hidden = torch.nn.functional.embedding(target, weight).tanh()
+        linear_logprob(hidden, weight, target.roll(1), impl=impl).logprob.sum().backward()
+        grads.append(weight.grad)
+        weight.grad = None
+    torch.testing.assert_close(*grads)
+    hidden = torch.randn(12, 32, dtype=torch.bfloat16)
+    for other in (torch.float32, torch.float16):
+        a, b = (
+            linear_logprob(hidden, weight.detach().to(other), target, impl=i).logprob for i in IMPLS
+        )
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_cpu
+def test_cpu_opcheck_and_bad_values():
+    hidden, weight, target = problem(5, 8, 11)
+    target[2] = -100
+    arguments = (
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        target,
+        torch.randn(11, requires_grad=True),
+        torch.rand(5) + 0.5,
+        1.0,
+        4.0,
+        1.0,
+        -100,
+    )
+    torch.library.opcheck(torch.ops.fastrl.linear_logprob, arguments)
+    for bad in (11, -1):
+        with pytest.raises(ValueError, match=rf"target must lie in \[0, V=11\).*{bad}"):
+            linear_logprob(hidden, weight, torch.full((5,), bad), impl="cpu")
+    with pytest.raises(ValueError, match="temperature requires a gradient"):
+        warm = torch.ones(5, requires_grad=True)
+        linear_logprob(hidden, weight, target, temperature=warm, impl="cpu")
+    with pytest.raises(ValueError, match=r"hidden must be float32.*got torch.float64"):
+        linear_logprob(hidden.double(), weight.double(), target, impl="cpu")
+
+
+@needs_cpu
+def test_cpu_more_logits_than_int32_counts():
+    n, v = 16_500, 131_072
+    hidden, weight, target = problem(n, 2, v)
+    target[-1] = v - 1
+    out = linear_logprob(hidden, weight, target, impl="cpu")
+    some = torch.tensor([0, 1, n // 2, n - 2, n - 1])
+    want = linear_logprob(hidden[some].double(), weight.double(), target[some])
+    torch.testing.assert_close(out.logprob[some].double(), want.logprob, rtol=1e-5, atol=1e-5)
 
 
 def sample(hidden, weight, rows, **options):

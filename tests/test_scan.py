@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -213,6 +214,15 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads(op):
             assert_same(outputs, run(op, case, "cpu"))
     finally:
         torch.set_num_threads(before)
+
+
+@needs_cpu_kernel
+def test_callers_in_several_threads_do_not_meet():
+    case = draw(333, 1000)
+    want = run("gae", case, "cpu")
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: run("gae", case, "cpu"), range(40)):
+            assert_same(got, want)
 
 
 @needs_cpu_kernel

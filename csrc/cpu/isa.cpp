@@ -15,7 +15,7 @@
 namespace fastrl {
 namespace {
 
-constexpr Isa kAll[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx};
+constexpr Isa kAll[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 bool compiled(Isa isa) {
   switch (isa) {
@@ -29,6 +29,12 @@ bool compiled(Isa isa) {
 #endif
     case Isa::avx512:
 #ifdef FASTRL_HAS_AVX512
+      return true;
+#else
+      return false;
+#endif
+    case Isa::avx512_bf16:
+#ifdef FASTRL_HAS_AVX512_BF16
       return true;
 #else
       return false;
@@ -55,6 +61,11 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
 // Linux keeps the tile registers from a process until it asks: the signal frame grows by 8 KB.
 bool request_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
@@ -68,8 +79,7 @@ bool request_tiles() {
 
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!has_avx512() || !__builtin_cpu_supports("avx512vnni") ||
-      !__builtin_cpu_supports("avx512bf16") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     return false;
   }
   constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
@@ -86,6 +96,8 @@ bool runs_here(Isa isa) {
       return has_avx2();
     case Isa::avx512:
       return has_avx512();
+    case Isa::avx512_bf16:
+      return has_avx512_bf16();
     case Isa::amx:
       return has_amx();
   }
@@ -122,7 +134,7 @@ Isa choose() {
     return isa;
   }
   throw std::invalid_argument(std::string("FASTRL_ISA=") + asked +
-                              " is unknown; use one of generic, avx2, avx512, amx");
+                              " is unknown; use one of generic, avx2, avx512, avx512_bf16, amx");
 }
 
 }  // namespace
@@ -140,6 +152,8 @@ std::string isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::amx:
       return "amx";
   }

@@ -180,10 +180,10 @@ class Group {
     return found != 0;
   }
 
-  // The outputs take the place of the inputs.
+  // The outputs take the place of the inputs, in registers and in the block.
   template <bool All>
   void tile(int column) {
-    Vec x[Op::kIn][kLanes], y[Op::kOut][kLanes];
+    Vec x[Op::kIn][kLanes];
     for (int a = 0; a < Op::kIn; ++a) {
       for (int i = 0; i < kLanes; ++i) {
         x[a][i] = load(block_[a][i] + column);
@@ -203,14 +203,14 @@ class Group {
         carry_[c] = All ? next[c] : select(valid, next[c], carry_[c]);
       }
       for (int b = 0; b < Op::kOut; ++b) {
-        y[b][j] = All ? out[b] : select(valid, out[b], Vec{});
+        x[b][j] = All ? out[b] : select(valid, out[b], Vec{});
       }
     }
     for (int b = 0; b < Op::kOut; ++b) {
-      transpose(y[b]);
+      transpose(x[b]);
       for (int i = 0; i < kLanes; ++i) {
         __builtin_prefetch(op_.out[b] + next_[i] + column, 1, 2);
-        store(block_[b][i] + column, y[b][i]);
+        store(block_[b][i] + column, x[b][i]);
       }
     }
   }

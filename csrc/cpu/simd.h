@@ -26,9 +26,7 @@ constexpr int kLanes = kNativeLanes < FASTRL_MAX_LANES ? kNativeLanes : FASTRL_M
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
 
-inline Vec splat(float x) {
-  return Vec{} + x;
-}
+inline Vec splat(float x) { return Vec{} + x; }
 
 inline Vec load(const float* from) {
   Vec v;
@@ -36,9 +34,7 @@ inline Vec load(const float* from) {
   return v;
 }
 
-inline void store(float* to, Vec v) {
-  std::memcpy(to, &v, sizeof v);
-}
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline IVec as_int(Vec v) {
   IVec bits;
@@ -52,14 +48,10 @@ inline Vec as_float(IVec bits) {
   return v;
 }
 
-inline Vec select(IVec where, Vec a, Vec b) {
-  return where ? a : b;
-}
+inline Vec select(IVec where, Vec a, Vec b) { return where ? a : b; }
 
 // NaN in x stays NaN, as in torch.clamp.
-inline Vec at_most(Vec x, Vec limit) {
-  return select(limit < x, limit, x);
-}
+inline Vec at_most(Vec x, Vec limit) { return select(limit < x, limit, x); }
 
 template <int... J>
 inline Vec shuffle(Vec x, Vec y, std::integer_sequence<int, J...>) {

@@ -5,9 +5,7 @@
 namespace fastrl {
 namespace cuda {
 
-std::string error_text(int code) {
-  return cudaGetErrorString(static_cast<cudaError_t>(code));
-}
+std::string error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 }  // namespace cuda
 }  // namespace fastrl

@@ -17,7 +17,8 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   return cudaGetLastError();
 }
 
-// The launch's dynamic shared memory; ask for it here, because the tests' host build has another way.
+// The launch's dynamic shared memory; ask for it here, because the tests' host build has another
+// way.
 template <class T>
 __device__ T* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char fastrl_shared[];

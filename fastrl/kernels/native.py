@@ -4,6 +4,7 @@ The one place that imports the compiled module ``fastrl._C``. With ``FASTRL_NATI
 environment it is not loaded even where it was built; with ``on`` its absence is an error at import.
 """
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -27,12 +28,12 @@ def _load() -> tuple[ModuleType | None, str]:
     if wanted == "off":
         return None, "FASTRL_NATIVE=off in the environment"
     try:
-        from fastrl import _C
+        _C = importlib.import_module("fastrl._C")
     except ImportError as error:
         missing = importlib.util.find_spec("fastrl._C") is None
         why = (
             "fastrl was installed without its compiled module (no C++ compiler at that time, or "
-            "FASTRL_NATIVE=off); install g++ and run pip install --force-reinstall --no-cache-dir"
+            "FASTRL_NATIVE=off); install g++ and reinstall fastrl with --no-cache-dir"
             if missing
             else f"the compiled module does not load: {error}"
         )

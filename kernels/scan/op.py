@@ -143,18 +143,15 @@ def _check(
         segments = len(cu_seqlens) - 1
     if bootstrap is not None and not bootstrap.is_floating_point():
         raise ValueError(f"{op}: bootstrap must be floating point, got {bootstrap.dtype}")
-    shapes = {name: (tensor, rewards.shape) for name, tensor in tokens.items()}
-    shapes |= {"mask": (mask, rewards.shape), "bootstrap": (bootstrap, (segments,))}
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tensor.shape != shape:
+    given: dict[str, Tensor | None] = {**tokens, "mask": mask, "bootstrap": bootstrap}
+    for name, argument in given.items():
+        shape = (segments,) if name == "bootstrap" else tuple(rewards.shape)
+        if argument is not None and argument.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(argument.shape)}")
+    for name, argument in (given | {"cu_seqlens": cu_seqlens}).items():
+        if argument is not None and argument.device != rewards.device:
             raise ValueError(
-                f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
-            )
-    here = {**tokens, "mask": mask, "cu_seqlens": cu_seqlens, "bootstrap": bootstrap}
-    for name, tensor in here.items():
-        if tensor is not None and tensor.device != rewards.device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device}, but rewards are on {rewards.device}"
+                f"{op}: {name} is on {argument.device}, but rewards are on {rewards.device}"
             )
 
 
@@ -240,8 +237,8 @@ def _discounted_returns(rewards, gamma, mask, cu_seqlens, bootstrap, impl):
     return _scan("discounted_returns", (rewards,), {"gamma": gamma}, at, impl)[0]
 
 
-def _vtrace(rewards, values, logprobs, old_logprobs, gamma, lam, rho_bar, c_bar, *at):
-    *at, impl = at
+def _vtrace(rewards, values, logprobs, old_logprobs, gamma, lam, rho_bar, c_bar, *where):
+    *at, impl = where
     options = {"gamma": gamma, "lam": lam, "rho_bar": rho_bar, "c_bar": c_bar}
     return _scan("vtrace", (rewards, values, logprobs, old_logprobs), options, At(*at), impl)
 

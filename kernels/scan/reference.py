@@ -72,9 +72,9 @@ def vtrace(
     bootstrap: Tensor | None = None,
 ) -> Outputs:
     """vs_t - V_t = rho_t delta_t + gamma lam c_t (vs_{t+1} - V_{t+1}), and the advantages."""
-    tokens = (rewards, values, logprobs, old_logprobs)
-    tokens, mask, next_value, back = _rows(tokens, mask, cu_seqlens, bootstrap)
-    rewards, values, logprobs, old_logprobs = tokens
+    (rewards, values, logprobs, old_logprobs), mask, next_value, back = _rows(
+        (rewards, values, logprobs, old_logprobs), mask, cu_seqlens, bootstrap
+    )
     ratio = torch.exp(logprobs - old_logprobs)
     targets, advantages = torch.zeros_like(rewards), torch.zeros_like(rewards)
     next_target, next_gap = next_value, torch.zeros_like(next_value)

@@ -1,8 +1,9 @@
-// A thread block on one host thread: every CUDA thread is a fiber, and barriers switch between them.
+// A thread block on one host thread: every CUDA thread is a fiber, and barriers switch between
+// them.
 //
-// A barrier that can never complete (threads that diverged, a lane missing from a shuffle's mask) ends
-// the process with a message instead of hanging. Between barriers fibers run in order, or in the
-// opposite order with CUDA_HOST_BACKWARDS set: a missing barrier shows in one of the two.
+// A barrier that can never complete (threads that diverged, a lane missing from a shuffle's mask)
+// ends the process with a message instead of hanging. Between barriers fibers run in order, or in
+// the opposite order with CUDA_HOST_BACKWARDS set: a missing barrier shows in one of the two.
 // Fibers are announced to AddressSanitizer.
 #pragma once
 
@@ -66,7 +67,8 @@ class Block {
 
   dim3 grid, size, index;
   size_t shared_bytes;
-  std::unique_ptr<unsigned char[]> shared;  // of its exact size, so that AddressSanitizer sees its end
+  std::unique_ptr<unsigned char[]>
+      shared;  // of its exact size, so that AddressSanitizer sees its end
 
   Fiber& fiber() { return fibers_[running_]; }
   Warp& warp() { return warps_[running_ / 32]; }

@@ -1,5 +1,6 @@
-// For tests: stands in for CUDA's header, so that g++ builds csrc/cuda/*.cu and runs them on the host.
-// Holds what our kernels use; add to it what a new one needs. See block.h for how a block runs.
+// For tests: stands in for CUDA's header, so that g++ builds csrc/cuda/*.cu and runs them on the
+// host. Holds what our kernels use; add to it what a new one needs. See block.h for how a block
+// runs.
 #pragma once
 
 #include <cmath>
@@ -14,7 +15,8 @@
 #define __device__
 #define __host__
 #define __constant__ static
-#define __shared__ static  // one block at a time: its threads share it, AddressSanitizer guards its end
+#define __shared__ \
+  static  // one block at a time: its threads share it, AddressSanitizer guards its end
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
@@ -95,7 +97,8 @@ namespace cuda_host {
 // Every lane of the mask gives x; then `take` reads what they gave.
 template <class T, class Take>
 auto exchange(unsigned mask, T x, const char* where, Take take) {
-  static_assert(sizeof(T) <= 16 && std::is_trivially_copyable<T>::value, "what a shuffle can carry");
+  static_assert(sizeof(T) <= 16 && std::is_trivially_copyable<T>::value,
+                "what a shuffle can carry");
   Block& block = *Block::current();
   Warp& warp = block.warp();
   std::memcpy(warp.slots[block.fiber().lane()], &x, sizeof x);
@@ -204,7 +207,8 @@ T atomicCAS(T* at, T expected, T x) {
   return atomicExch(at, *at == expected ? x : *at);
 }
 
-// ---- vectors and intrinsics ----------------------------------------------------------------------
+// ---- vectors and intrinsics
+// ----------------------------------------------------------------------
 
 struct alignas(8) float2 {
   float x, y;

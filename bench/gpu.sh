@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything a bare CUDA machine can tell, in one command and under nine minutes, without a network:
+# builds in place, runs the GPU tests and the benchmarks, leaves logs and JSON in $OUT. Goes on past
+# failures; the exit code says whether there were any.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-bench/results}
+mkdir -p "$out"
+failed=0
+deadline=$((SECONDS + 520))
+
+# step NAME SECONDS COMMAND...: at most SECONDS, and never past the deadline.
+step() {
+  local name=$1 limit=$2 left=$((deadline - SECONDS))
+  [ "$left" -gt 5 ] || { echo "== $name: no time left"; failed=1; return; }
+  [ "$limit" -lt "$left" ] || limit=$left
+  echo "== $name"
+  timeout "$limit" "${@:3}" 2>&1 | tee "$out/$name.log" | tail -n 40
+  local rc=${PIPESTATUS[0]}
+  [ "$rc" -eq 0 ] || { echo "== $name failed with $rc"; failed=1; }
+}
+
+python=${PYTHON:-python3}
+step machine 30 nvidia-smi
+FASTRL_CUDA=on step build 240 "$python" -m pip install --no-deps --no-build-isolation -e .
+step test 240 "$python" -m pytest -m gpu -q
+step bench_scan 60 "$python" bench/bench_scan.py --json "$out/bench_scan.json"
+exit "$failed"

@@ -1,0 +1,585 @@
+// The lm-head's log-probs on a CPU: forward and backward, a block of logits at a time.
+//
+// Tokens ride in lanes. A block of kBlock vocabulary rows times a panel of kPanel tokens is
+// computed into a small buffer and folded down the rows into running maxima and sums, one per
+// token:
+//
+//                 panel 0   panel 1  ...            chunk of the vocabulary: a fixed number of
+//   block 0     [ z z z z ][ z z z z ]              rows, so that what is summed with what depends
+//   block 1     [ z z z z ][ z z z z ]              on V alone; chunks are merged in order
+//     ...         |
+//                 v  max, sum exp(z - max), sum (z - max) exp(z - max)
+//
+// The backward walks the vocabulary once: the logits of a chunk are computed again and turned into
+// their gradients G, from which the chunk's rows of grad_weight = G hidden are finished, and
+// grad_hidden += G^T weight grows. Nothing of size [N, V] or, beyond the gradients, [V, H] exists.
+#include "logprob.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "convert.h"
+#include "gemm.h"
+#include "pool.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+constexpr int64_t kChunks = 64;            // of the vocabulary, in the forward
+constexpr int64_t kBackwardRows = 768;     // of the vocabulary, taken together in the backward
+constexpr int64_t kTokens = 2048;          // packed at a time, fewer for wide models:
+constexpr int64_t kTokenFloats = 4 << 20;  // their hidden states as floats
+constexpr float kLowest = -200.0f;         // exp is 0 there, and 0 times it is not NaN
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Memory that nobody has written, on a cache line.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n = 0) : data_(allocate(n)) {}
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static T* allocate(int64_t n) {
+    void* memory = std::aligned_alloc(64, round_up(std::max<int64_t>(n, 1) * sizeof(T), 64));
+    if (memory == nullptr) {
+      throw std::bad_alloc();
+    }
+    return static_cast<T*>(memory);
+  }
+  T* data_;
+};
+
+Vec tanh(Vec x) {
+  const Vec square = x * x;
+  Vec p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec near = p * square * x + x;
+  const Vec far = 1.0f - 2.0f / (exp(x + x) + 1.0f);
+  return select((x < splat(0.625f)) & (x > splat(-0.625f)), near, far);
+}
+
+Vec at_least(Vec x, Vec limit) { return select(x < limit, limit, x); }
+
+// Interleaves kStep neighbouring rows and cuts them into panels of columns, so that rows become the
+// depth of a product:  [panel][row / kStep][kPanel] Elements. Missing rows and columns are 0.
+void pack_rows(Floats, const char* from, int64_t stride, Float type, int64_t first, int64_t rows,
+               int64_t width, int64_t depth, float* to) {
+  for (int64_t r = first; r < first + rows; ++r) {
+    for (int64_t h = 0; h < width; h += kPanel) {
+      float* panel = to + h * depth + r * kPanel;
+      const int64_t n = std::min<int64_t>(kPanel, width - h);
+      to_floats(from + (r * stride + h) * bytes(type), type, n, panel);
+      std::fill(panel + n, panel + kPanel, 0.0f);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+void pack_rows(Pairs, const char* from, int64_t stride, Float, int64_t first, int64_t rows,
+               int64_t width, int64_t depth, uint32_t* to) {
+  for (int64_t r = first; r < first + rows; r += 2) {
+    const auto* even = reinterpret_cast<const uint16_t*>(from) + r * stride;
+    const auto* odd = r + 1 < first + rows ? even + stride : nullptr;
+    for (int64_t h = 0; h < width; h += kPanel) {
+      uint32_t* panel = to + h * (depth / 2) + r / 2 * kPanel;
+      const int64_t n = std::min<int64_t>(kPanel, width - h);
+      for (int64_t i = 0; i < n; ++i) {
+        panel[i] = even[h + i] | (odd ? static_cast<uint32_t>(odd[h + i]) << 16 : 0);
+      }
+      std::fill(panel + n, panel + kPanel, 0u);
+    }
+  }
+}
+#endif
+
+// The tokens [first, first + count) of a problem, packed for products with rows of the weight.
+template <class Kind>
+class Tokens {
+ public:
+  using Element = typename Kind::Element;
+
+  Tokens(const LinearArgs& a, int64_t capacity)
+      : a_(a),
+        steps_(ceil_div(a.width, Kind::kStep)),
+        packed_(round_up(capacity, kPanel) * steps_) {}
+
+  void pack(int64_t first, int64_t count, int threads) {
+    first_ = first;
+    count_ = count;
+    parallel_for(panels(), threads, [&](int64_t p) { pack_panel(p); });
+  }
+
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+  int64_t panels() const { return ceil_div(count_, kPanel); }
+  int64_t in_panel(int64_t p) const { return std::min<int64_t>(kPanel, count_ - p * kPanel); }
+
+  // Vectors of the panel that hold tokens, as many as the products are made for.
+  int vectors(int64_t p) const {
+    const int n = static_cast<int>(ceil_div(in_panel(p), kLanes));
+    return n > 2 ? kVectors : n;
+  }
+
+  // Rows [v0, v0 + n) of the weight; as floats in `scratch` [kBlock, H] if they are not stored so.
+  Rows weight_rows(int64_t v0, int n, float* scratch) const {
+    const auto* weight = static_cast<const char*>(a_.weight);
+    const bool convert = Kind::kStep == 1 && a_.weight_type != Float::f32;
+    const int64_t stride = a_.weight_stride * bytes(a_.weight_type);
+    Rows rows;
+    rows.data = convert ? reinterpret_cast<const char*>(scratch) : weight;
+    rows.stride = sizeof(Element);
+    for (int r = 0; r < kBlock; ++r) {
+      const int64_t row = std::min(r, n - 1);  // rows that are not there: computed, never used
+      if (convert && r < n) {
+        to_floats(weight + (v0 + r) * stride, a_.weight_type, a_.width, scratch + r * a_.width);
+      }
+      rows.row[r] = convert ? row * a_.width * 4 : (v0 + row) * stride;
+    }
+    return rows;
+  }
+
+  // Logits before the temperature, z[kBlock, kPanel].
+  void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
+    const int vectors = this->vectors(p);
+    multiply<Kind>(rows, n, steps_, packed_.get() + p * kPanel * steps_, vectors, z);
+    for (int r = 0; r < n; ++r) {
+      const float bias = a_.bias ? a_.bias[v0 + r] : 0.0f;
+      for (int j = 0; j < vectors; ++j) {
+        float* at = z + r * kPanel + j * kLanes;
+        Vec x = (load(at) + bias) * a_.logit_scale;
+        if (a_.softcap > 0.0f) {
+          x = a_.softcap * tanh(x / a_.softcap);
+        }
+        store(at, x);
+      }
+    }
+  }
+
+ private:
+  void pack_panel(int64_t p) {
+    Element* panel = packed_.get() + p * kPanel * steps_;
+    Buffer<char> row(steps_ * sizeof(Element));
+    for (int64_t i = 0; i < kPanel; ++i) {
+      auto* elements = reinterpret_cast<Element*>(row.get());
+      if (i < in_panel(p)) {
+        const int64_t at = (first_ + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
+        const char* from = static_cast<const char*>(a_.hidden) + at;
+        if constexpr (Kind::kStep == 1) {
+          to_floats(from, a_.hidden_type, a_.width, elements);
+        } else {
+          std::memcpy(elements, from, steps_ * sizeof(Element));
+        }
+      } else {
+        std::memset(row.get(), 0, steps_ * sizeof(Element));
+      }
+      for (int64_t k = 0; k < steps_; ++k) {
+        panel[k * kPanel + i] = elements[k];
+      }
+    }
+  }
+
+  const LinearArgs& a_;
+  int64_t steps_, first_ = 0, count_ = 0;
+  Buffer<Element> packed_;
+};
+
+int64_t tokens_at_once(const LinearArgs& a) {
+  const int64_t fit = std::max<int64_t>(kTokenFloats / a.width / kPanel, 1) * kPanel;
+  return std::min({kTokens, fit, a.rows});
+}
+
+// Running maximum and, relative to it, sum of exponentials and of z times them; a lane per token.
+struct Running {
+  float max[kPanel], sum[kPanel], weighted[kPanel];
+};
+
+void fold(const float* z, int n, int vectors, const float* inv_temperature, bool first,
+          Running& to) {
+  for (int j = 0; j < vectors; ++j) {
+    const int at = j * kLanes;
+    const Vec scale = load(inv_temperature + at);
+    Vec highest = splat(-FLT_MAX);
+    for (int r = 0; r < n; ++r) {
+      highest = at_least(load(z + r * kPanel + at) * scale, highest);
+    }
+    Vec sum = {}, weighted = {};
+    if (!first) {
+      const Vec before = load(to.max + at);
+      highest = at_least(before, highest);
+      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp(down);
+      sum = load(to.sum + at) * factor;
+      weighted = (load(to.weighted + at) + down * load(to.sum + at)) * factor;
+    }
+    for (int r = 0; r < n; ++r) {
+      const Vec x = at_least(load(z + r * kPanel + at) * scale - highest, splat(kLowest));
+      const Vec e = exp(x);
+      sum += e;
+      weighted += x * e;
+    }
+    store(to.max + at, highest);
+    store(to.sum + at, sum);
+    store(to.weighted + at, weighted);
+  }
+}
+
+template <class Kind>
+void forward(const LogprobForwardArgs& args, int threads) {
+  const LinearArgs& a = args.linear;
+  const int64_t capacity = tokens_at_once(a);
+  const int64_t chunk = round_up(ceil_div(a.vocab, kChunks), kBlock);
+  const int64_t chunks = ceil_div(a.vocab, chunk), panels = ceil_div(capacity, kPanel);
+  Tokens<Kind> tokens(a, capacity);
+  Buffer<Running> running(chunks * panels);
+  Buffer<float> at_target(panels * kPanel), inv_temperature(panels * kPanel);
+
+  for (int64_t first = 0; first < a.rows; first += capacity) {
+    tokens.pack(first, std::min(capacity, a.rows - first), threads);
+    std::fill_n(inv_temperature.get(), panels * kPanel, 0.0f);
+    std::copy_n(a.inv_temperature + first, tokens.count(), inv_temperature.get());
+    // Which tokens a task takes changes who computes, not what.
+    const int64_t groups = std::min(tokens.panels(), ceil_div(4 * threads, chunks));
+    const int64_t per_group = ceil_div(tokens.panels(), groups);
+    parallel_for(chunks * groups, threads, [&](int64_t task) {
+      const int64_t c = task / groups, p0 = task % groups * per_group;
+      const int64_t p1 = std::min(p0 + per_group, tokens.panels());
+      Buffer<float> z(kBlock * kPanel), scratch(kBlock * a.width);
+      const int64_t end = std::min((c + 1) * chunk, a.vocab);
+      for (int64_t v0 = c * chunk; v0 < end; v0 += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - v0));
+        const Rows rows = tokens.weight_rows(v0, n, scratch.get());
+        for (int64_t p = p0; p < p1; ++p) {
+          tokens.logits(rows, v0, n, p, z.get());
+          fold(z.get(), n, tokens.vectors(p), inv_temperature.get() + p * kPanel, v0 == c * chunk,
+               running[c * panels + p]);
+          for (int64_t i = 0; i < tokens.in_panel(p); ++i) {
+            const int64_t t = p * kPanel + i, v = a.target[first + t] - v0;
+            if (v >= 0 && v < n) {
+              at_target[t] = z[v * kPanel + i] * inv_temperature[t];
+            }
+          }
+        }
+      }
+    });
+    parallel_for(tokens.panels(), threads, [&](int64_t p) {
+      for (int64_t i = 0; i < tokens.in_panel(p); ++i) {
+        float highest = -FLT_MAX, sum = 0.0f, weighted = 0.0f;
+        for (int64_t c = 0; c < chunks; ++c) {
+          highest = std::max(highest, running[c * panels + p].max[i]);
+        }
+        for (int64_t c = 0; c < chunks; ++c) {
+          const Running& part = running[c * panels + p];
+          const float down = std::max(part.max[i] - highest, kLowest), factor = std::exp(down);
+          sum += part.sum[i] * factor;
+          weighted += (part.weighted[i] + down * part.sum[i]) * factor;
+        }
+        const int64_t t = p * kPanel + i;
+        const float log_sum = std::log(sum);
+        args.lse[first + t] = highest + log_sum;
+        args.logprob[first + t] = at_target[t] - highest - log_sum;
+        args.entropy[first + t] = log_sum - weighted / sum;
+      }
+    });
+  }
+}
+
+// What a token contributes to the gradient of its logits; all 0 in lanes without a token.
+struct Upstream {
+  float lse[kPanel], entropy[kPanel], inv_temperature[kPanel];
+  float of_p[kPanel];       // grad_lse - grad_logprob: times p
+  float of_spread[kPanel];  // grad_entropy: times -p (log p + entropy)
+  float of_target[kPanel];  // grad_logprob: at the target
+  int64_t target[kPanel];
+};
+
+template <class Kind>
+class Backward {
+ public:
+  using Element = typename Kind::Element;
+
+  Backward(const LogprobBackwardArgs& args, int threads)
+      : args_(args),
+        a_(args.linear),
+        threads_(threads),
+        capacity_(tokens_at_once(a_)),
+        padded_(round_up(capacity_, kPanel)),
+        columns_(round_up(a_.width, kPanel)),
+        chunk_(std::min(kBackwardRows, round_up(a_.vocab, kBlock))),
+        several_(a_.rows > capacity_),
+        tokens_(a_, capacity_),
+        upstream_(padded_ / kPanel),
+        by_row_(chunk_ * padded_ / Kind::kStep),
+        by_token_(Kind::kStep == 1 ? 0 : chunk_ / Kind::kStep * padded_),
+        hidden_(args.grad_weight ? padded_ / Kind::kStep * columns_ : 0),
+        weight_(args.grad_hidden ? chunk_ / Kind::kStep * columns_ : 0),
+        grad_weight_(args.grad_weight && several_ ? chunk_ * a_.width : 0),
+        grad_hidden_(own_grad_hidden() ? a_.rows * a_.width : 0) {}
+
+  void run() {
+    float* grad_hidden =
+        own_grad_hidden() ? grad_hidden_.get() : static_cast<float*>(args_.grad_hidden);
+    if (grad_hidden) {
+      parallel_for(a_.rows, threads_,
+                   [&](int64_t t) { std::fill_n(grad_hidden + t * a_.width, a_.width, 0.0f); });
+    }
+    for (int64_t v0 = 0; v0 < a_.vocab; v0 += chunk_) {
+      const int64_t rows = std::min(chunk_, a_.vocab - v0);
+      for (int64_t first = 0; first < a_.rows; first += capacity_) {
+        if (several_ || v0 == 0) {
+          take_tokens(first);
+        }
+        parallel_for(ceil_div(rows, kBlock), threads_, [&](int64_t b) { block(v0, b, rows); });
+        if (grad_hidden) {
+          const int64_t blocks = ceil_div(tokens_.count(), kBlock);
+          parallel_for(blocks, threads_, [&](int64_t b) {
+            add_grad_hidden(b, rows, grad_hidden + first * a_.width);
+          });
+        }
+      }
+    }
+    if (own_grad_hidden()) {
+      parallel_for(a_.rows, threads_, [&](int64_t t) {
+        from_floats(grad_hidden + t * a_.width, a_.hidden_type, a_.width,
+                    static_cast<char*>(args_.grad_hidden) + t * a_.width * bytes(a_.hidden_type));
+      });
+    }
+  }
+
+ private:
+  bool own_grad_hidden() const { return args_.grad_hidden && a_.hidden_type != Float::f32; }
+
+  void take_tokens(int64_t first) {
+    tokens_.pack(first, std::min(capacity_, a_.rows - first), threads_);
+    parallel_for(tokens_.panels(), threads_, [&](int64_t p) {
+      Upstream& u = upstream_[p];
+      std::memset(&u, 0, sizeof u);
+      for (int64_t i = 0; i < kPanel; ++i) {
+        u.target[i] = -1;
+        if (i < tokens_.in_panel(p)) {
+          const int64_t t = first + p * kPanel + i;
+          u.lse[i] = args_.lse[t];
+          u.entropy[i] = args_.entropy[t];
+          u.inv_temperature[i] = a_.inv_temperature[t];
+          u.of_p[i] = args_.grad_lse[t] - args_.grad_logprob[t];
+          u.of_spread[i] = args_.grad_entropy[t];
+          u.of_target[i] = args_.grad_logprob[t];
+          u.target[i] = a_.target[t];
+        }
+      }
+      if (args_.grad_weight) {
+        const auto* hidden =
+            static_cast<const char*>(a_.hidden) + first * a_.width * bytes(a_.hidden_type);
+        const int64_t n = tokens_.in_panel(p), depth = depth_of_tokens();
+        pack_rows(Kind(), hidden, a_.width, a_.hidden_type, p * kPanel, n, a_.width, depth,
+                  hidden_.get());
+        for (int64_t t = round_up(n, Kind::kStep); t < kPanel; t += Kind::kStep) {
+          for (int64_t h = 0; h < columns_; h += kPanel) {
+            std::fill_n(hidden_.get() + (h * depth + (p * kPanel + t) * kPanel) / Kind::kStep,
+                        kPanel, Element{});
+          }
+        }
+      }
+    });
+  }
+
+  int64_t depth_of_tokens() const { return tokens_.panels() * kPanel; }
+
+  // One block of vocabulary rows: their logits' gradients G, packed weight, and grad_weight.
+  void block(int64_t chunk_first, int64_t b, int64_t rows_of_chunk) {
+    const int64_t in_chunk = b * kBlock, v0 = chunk_first + in_chunk;
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, rows_of_chunk - in_chunk));
+    Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
+    const Rows rows = tokens_.weight_rows(v0, n, scratch.get());
+    double bias[kBlock] = {};  // a sum over all tokens
+    for (int64_t p = 0; p < tokens_.panels(); ++p) {
+      tokens_.logits(rows, v0, n, p, z.get());
+      differentiate(v0, n, p, z.get(), bias);
+      keep(in_chunk, n, p, z.get());
+    }
+    if (args_.grad_bias) {
+      for (int r = 0; r < n; ++r) {
+        args_.grad_bias[v0 + r] =
+            static_cast<float>(bias[r] + (tokens_.first() ? args_.grad_bias[v0 + r] : 0.0f));
+      }
+    }
+    if (args_.grad_hidden && tokens_.first() == 0) {
+      const auto* weight = static_cast<const char*>(a_.weight) +
+                           chunk_first * a_.weight_stride * bytes(a_.weight_type);
+      pack_rows(Kind(), weight, a_.weight_stride, a_.weight_type, in_chunk, n, a_.width, chunk_,
+                weight_.get());
+    }
+    if (args_.grad_weight) {
+      add_grad_weight(v0, in_chunk, n, z.get());
+    }
+  }
+
+  // z becomes the gradient of the logits before scale and bias.
+  void differentiate(int64_t v0, int n, int64_t p, float* z, double* bias) const {
+    const Upstream& u = upstream_[p];
+    const int vectors = tokens_.vectors(p);
+    float before[kPanel];
+    for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+      const int64_t v = u.target[i] - v0;
+      before[i] = v >= 0 && v < n ? z[v * kPanel + i] : 0.0f;
+    }
+    for (int r = 0; r < n; ++r) {
+      for (int j = 0; j < vectors; ++j) {
+        const int at = j * kLanes;
+        const Vec x = load(z + r * kPanel + at), scale = load(u.inv_temperature + at);
+        const Vec logp = at_least(x * scale - load(u.lse + at), splat(kLowest));
+        const Vec spread = load(u.of_spread + at) * (logp + load(u.entropy + at));
+        Vec g = exp(logp) * (load(u.of_p + at) - spread) * scale * a_.logit_scale;
+        if (a_.softcap > 0.0f) {
+          g = g * (1.0f - (x / a_.softcap) * (x / a_.softcap));
+        }
+        store(z + r * kPanel + at, g);
+      }
+    }
+    for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+      const int64_t v = u.target[i] - v0;
+      if (v >= 0 && v < n) {
+        const float capped = a_.softcap > 0.0f ? before[i] / a_.softcap : 0.0f;
+        z[v * kPanel + i] +=
+            u.of_target[i] * u.inv_temperature[i] * a_.logit_scale * (1.0f - capped * capped);
+      }
+    }
+    if (args_.grad_bias) {
+      for (int r = 0; r < n; ++r) {
+        for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+          bias[r] += z[r * kPanel + i];
+        }
+      }
+    }
+  }
+
+  // G as the two products read it: by vocabulary row, and (for pairs) by token.
+  void keep(int64_t in_chunk, int n, int64_t p, const float* z) const {
+    const int64_t tokens = tokens_.in_panel(p);
+    for (int r = 0; r < round_up(n, Kind::kStep); r += Kind::kStep) {
+      if constexpr (Kind::kStep == 1) {
+        float* to = by_row_.get() + (in_chunk + r) * padded_ + p * kPanel;
+        std::memcpy(to, z + r * kPanel, tokens * sizeof(float));
+        std::fill(to + tokens, to + kPanel, 0.0f);
+      } else {
+        uint16_t rounded[2][kPanel] = {};
+        for (int k = 0; k < 2 && r + k < n; ++k) {
+          from_floats(z + (r + k) * kPanel, Float::bf16, tokens, rounded[k]);
+          std::memcpy(by_row_.get() + ((in_chunk + r + k) * padded_ + p * kPanel) / 2, rounded[k],
+                      sizeof rounded[k]);
+        }
+        uint32_t* to = by_token_.get() + (in_chunk + r) / 2 * padded_ + p * kPanel;
+        for (int i = 0; i < kPanel; ++i) {
+          to[i] = rounded[0][i] | static_cast<uint32_t>(rounded[1][i]) << 16;
+        }
+      }
+    }
+  }
+
+  void add_grad_weight(int64_t v0, int64_t in_chunk, int n, float* c) const {
+    Rows rows;
+    rows.data = reinterpret_cast<const char*>(by_row_.get());
+    rows.stride = sizeof(Element);
+    for (int r = 0; r < kBlock; ++r) {
+      rows.row[r] = (in_chunk + std::min(r, n - 1)) * padded_ * (4 / Kind::kStep);
+    }
+    const int64_t depth = depth_of_tokens();
+    const bool last = tokens_.first() + tokens_.count() == a_.rows;
+    for (int64_t h = 0; h < a_.width; h += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, a_.width - h);
+      multiply<Kind>(rows, n, depth / Kind::kStep, hidden_.get() + h * depth / Kind::kStep,
+                     kVectors, c);
+      for (int r = 0; r < n; ++r) {
+        float* sum = c + r * kPanel;
+        if (several_) {
+          float* kept = grad_weight_.get() + (in_chunk + r) * a_.width + h;
+          for (int64_t i = 0; i < width; ++i) {
+            sum[i] += tokens_.first() ? kept[i] : 0.0f;
+          }
+          std::memcpy(kept, sum, width * sizeof(float));
+        }
+        if (last) {
+          const int64_t at = ((v0 + r) * a_.width + h) * bytes(a_.weight_type);
+          from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + at);
+        }
+      }
+    }
+  }
+
+  void add_grad_hidden(int64_t b, int64_t rows_of_chunk, float* grad_hidden) const {
+    const int64_t t0 = b * kBlock;
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens_.count() - t0));
+    const void* gradients =
+        Kind::kStep == 1 ? static_cast<const void*>(by_row_.get()) : by_token_.get();
+    Rows rows;
+    rows.data = static_cast<const char*>(gradients);
+    rows.stride = padded_ * 4;
+    for (int r = 0; r < kBlock; ++r) {
+      rows.row[r] = (t0 + std::min(r, n - 1)) * 4;
+    }
+    Buffer<float> c(kBlock * kPanel);
+    for (int64_t h = 0; h < a_.width; h += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, a_.width - h);
+      multiply<Kind>(rows, n, ceil_div(rows_of_chunk, Kind::kStep),
+                     weight_.get() + h * chunk_ / Kind::kStep, kVectors, c.get());
+      for (int r = 0; r < n; ++r) {
+        float* to = grad_hidden + (t0 + r) * a_.width + h;
+        for (int64_t i = 0; i < width; ++i) {
+          to[i] += c[r * kPanel + i];
+        }
+      }
+    }
+  }
+
+  const LogprobBackwardArgs& args_;
+  const LinearArgs& a_;
+  const int threads_;
+  const int64_t capacity_, padded_, columns_, chunk_;
+  const bool several_;  // the tokens do not fit in one go
+  Tokens<Kind> tokens_;
+  Buffer<Upstream> upstream_;
+  Buffer<Element> by_row_;    // G [chunk, tokens]
+  Buffer<Element> by_token_;  // pairs of neighbouring rows of G: [chunk / 2, tokens]
+  Buffer<Element> hidden_, weight_;
+  Buffer<float> grad_weight_, grad_hidden_;
+};
+
+// Pairs need both operands in bf16, and rows that end on a pair.
+[[maybe_unused]] bool use_pairs(const LinearArgs& a) {
+  return a.hidden_type == Float::bf16 && a.weight_type == Float::bf16 && a.width % 2 == 0;
+}
+
+}  // namespace
+
+void linear_logprob_fwd(const LogprobForwardArgs& args, int threads) {
+#if defined(__AVX512BF16__)
+  if (use_pairs(args.linear)) {
+    return forward<Pairs>(args, threads);
+  }
+#endif
+  forward<Floats>(args, threads);
+}
+
+void linear_logprob_bwd(const LogprobBackwardArgs& args, int threads) {
+#if defined(__AVX512BF16__)
+  if (use_pairs(args.linear)) {
+    return Backward<Pairs>(args, threads).run();
+  }
+#endif
+  Backward<Floats>(args, threads).run();
+}
+
+}  // namespace FASTRL_ISA
+}  // namespace fastrl

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Installs fastrl the ways users do, away from the source tree: sdist, wheel built from it, wheel
+# without a compiler, editable; each beside a package named `kernels`, as Hugging Face's is.
+# Takes torch and the build tools from the `python` on PATH and needs no network.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=$(command -v python)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+# A new environment that sees the packages of ours but not its editable fastrl: a path added by a
+# .pth file is not searched for further .pth files.
+environment() {
+  "$python" -m venv --without-pip "$work/$1"
+  local site
+  site=$("$work/$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  echo "$packages" >"$site/outer.pth"
+  mkdir "$site/kernels"
+  echo 'whose = "theirs"' >"$site/kernels/__init__.py"
+}
+
+# check ENVIRONMENT FOLDER IMPL: import, compute, run the command line, from FOLDER.
+check() {
+  (cd "$2" && "$work/$1/bin/python" - "$3" <<'PY'
+import sys
+
+import kernels
+import torch
+
+import fastrl
+from fastrl.kernels import gae
+
+assert kernels.whose == "theirs", kernels
+assert sys.prefix in fastrl.__file__ or "fastrl-" in fastrl.__file__, fastrl.__file__
+ones = torch.ones(2, 3)
+try:
+    used = "cpu"
+    advantages, _ = gae(ones, ones, lam=1.0, impl="cpu")
+except ValueError as error:
+    used = "reference"
+    print(f"  {error}")
+    advantages, _ = gae(ones, ones, lam=1.0, impl="reference")
+assert advantages.tolist() == [[2.0, 1.0, 0.0]] * 2, advantages
+assert used == sys.argv[1], f"{used} where {sys.argv[1]} was expected"
+PY
+    "$work/$1/bin/fastrl" --help >/dev/null)
+  echo "  ok: $1, $3 from $2"
+}
+
+install() {
+  "$python" -m pip --python "$work/$1/bin/python" install -q --no-deps --no-build-isolation \
+    --disable-pip-version-check "${@:2}"
+}
+
+echo "== sdist"
+"$python" -m build --sdist --no-isolation --outdir "$work/dist" . >"$work/log" 2>&1 ||
+  { cat "$work/log"; exit 1; }
+mkdir "$work/src"
+tar -xf "$work"/dist/fastrl-*.tar.gz -C "$work/src"
+source=$(echo "$work"/src/fastrl-*)
+for file in CMakeLists.txt csrc/bindings.cpp csrc/cpu/scan.cpp csrc/cpu/scan.h csrc/cuda/scan.cu \
+  kernels/scan/op.py fastrl/py.typed; do
+  [ -e "$source/$file" ] || { echo "the sdist lacks $file"; exit 1; }
+done
+
+echo "== wheel from the sdist"
+"$python" -m build --wheel --no-isolation --outdir "$work/wheel" "$source" >"$work/log" 2>&1 ||
+  { cat "$work/log"; exit 1; }
+"$python" - "$work"/wheel/*.whl <<'PY'
+import sys
+import zipfile
+
+names = zipfile.ZipFile(sys.argv[1]).namelist()
+for start in ("fastrl/_C.", "fastrl/kernels/scan/op.py", "fastrl/py.typed", "fastrl/recipes/"):
+    assert any(n.startswith(start) for n in names), f"the wheel lacks {start}"
+assert not any(n.startswith(("kernels/", "tests/", "csrc/")) for n in names), names
+PY
+environment wheel-env
+install wheel-env "$work"/wheel/*.whl
+check wheel-env "$work" cpu
+FASTRL_NATIVE=off check wheel-env "$work" reference
+
+echo "== wheel without a compiler"
+mkdir "$work/empty"
+PATH="$work/empty" "$python" -m build --wheel --no-isolation --outdir "$work/plain" "$source" \
+  >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+grep -q "no C++ compiler found" "$work/log" || { echo "no warning about the compiler"; exit 1; }
+environment plain-env
+install plain-env "$work"/plain/*.whl
+check plain-env "$work" reference
+
+echo "== editable"
+environment editable-env
+FASTRL_CUDA=off install editable-env --editable "$source"
+check editable-env "$work" cpu
+check editable-env "$source" cpu
+echo "packaging: ok"
