@@ -385,17 +385,11 @@ class Backward {
         const int64_t n = tokens_.in_panel(p), depth = depth_of_tokens();
         pack_rows(Kind(), hidden, a_.width, a_.hidden_type, p * kPanel, n, a_.width, depth,
                   hidden_.get());
-        for (int64_t t = round_up(n, Kind::kStep); t < kPanel; t += Kind::kStep) {
-          for (int64_t h = 0; h < columns_; h += kPanel) {
-            std::fill_n(hidden_.get() + (h * depth + (p * kPanel + t) * kPanel) / Kind::kStep,
-                        kPanel, Element{});
-          }
-        }
       }
     });
   }
 
-  int64_t depth_of_tokens() const { return tokens_.panels() * kPanel; }
+  int64_t depth_of_tokens() const { return round_up(tokens_.count(), Kind::kStep); }
 
   // One block of vocabulary rows: their logits' gradients G, packed weight, and grad_weight.
   void block(int64_t chunk_first, int64_t b, int64_t rows_of_chunk) {
