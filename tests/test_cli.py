@@ -31,7 +31,7 @@ def test_train_resume_and_report(path, tmp_path):
     assert result.exit_code == 0 and "grpo" in result.output
     assert fastrl("train", "--resume", run).exit_code == 0
     result = fastrl("train", path, "--out", run)
-    assert result.exit_code == 2 and "already exists" in result.output
+    assert result.exit_code == 2 and "already exists" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 // Rows of float, bf16 or fp16 to float and back, in the namespace of the instruction set.
 #pragma once
 
-#include "gemm.h"
-#include "logprob.h"
+#include "float.h"
+#include "simd.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fastrl {
 namespace FASTRL_ISA {

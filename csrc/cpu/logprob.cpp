@@ -17,11 +17,9 @@
 
 #include <cfloat>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 
-#include "convert.h"
 #include "gemm.h"
+#include "pack.h"
 #include "pool.h"
 
 namespace fastrl {
@@ -33,32 +31,6 @@ constexpr int64_t kBackwardRows = 768;     // of the vocabulary, taken together 
 constexpr int64_t kTokens = 2048;          // packed at a time, fewer for wide models:
 constexpr int64_t kTokenFloats = 4 << 20;  // their hidden states as floats
 constexpr float kLowest = -200.0f;         // exp is 0 there, and 0 times it is not NaN
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Memory that nobody has written, on a cache line.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n = 0) : data_(allocate(n)) {}
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  static T* allocate(int64_t n) {
-    void* memory = std::aligned_alloc(64, round_up(std::max<int64_t>(n, 1) * sizeof(T), 64));
-    if (memory == nullptr) {
-      throw std::bad_alloc();
-    }
-    return static_cast<T*>(memory);
-  }
-  T* data_;
-};
 
 Vec tanh(Vec x) {
   const Vec square = x * x;
@@ -73,38 +45,6 @@ Vec tanh(Vec x) {
 }
 
 Vec at_least(Vec x, Vec limit) { return select(x < limit, limit, x); }
-
-// Interleaves kStep neighbouring rows and cuts them into panels of columns, so that rows become the
-// depth of a product:  [panel][row / kStep][kPanel] Elements. Missing rows and columns are 0.
-void pack_rows(Floats, const char* from, int64_t stride, Float type, int64_t first, int64_t rows,
-               int64_t width, int64_t depth, float* to) {
-  for (int64_t r = first; r < first + rows; ++r) {
-    for (int64_t h = 0; h < width; h += kPanel) {
-      float* panel = to + h * depth + r * kPanel;
-      const int64_t n = std::min<int64_t>(kPanel, width - h);
-      to_floats(from + (r * stride + h) * bytes(type), type, n, panel);
-      std::fill(panel + n, panel + kPanel, 0.0f);
-    }
-  }
-}
-
-#if defined(__AVX512BF16__)
-void pack_rows(Pairs, const char* from, int64_t stride, Float, int64_t first, int64_t rows,
-               int64_t width, int64_t depth, uint32_t* to) {
-  for (int64_t r = first; r < first + rows; r += 2) {
-    const auto* even = reinterpret_cast<const uint16_t*>(from) + r * stride;
-    const auto* odd = r + 1 < first + rows ? even + stride : nullptr;
-    for (int64_t h = 0; h < width; h += kPanel) {
-      uint32_t* panel = to + h * (depth / 2) + r / 2 * kPanel;
-      const int64_t n = std::min<int64_t>(kPanel, width - h);
-      for (int64_t i = 0; i < n; ++i) {
-        panel[i] = even[h + i] | (odd ? static_cast<uint32_t>(odd[h + i]) << 16 : 0);
-      }
-      std::fill(panel + n, panel + kPanel, 0u);
-    }
-  }
-}
-#endif
 
 // The tokens [first, first + count) of a problem, packed for products with rows of the weight.
 template <class Kind>

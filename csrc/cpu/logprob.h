@@ -6,11 +6,10 @@
 
 #include <cstdint>
 
+#include "float.h"
 #include "isa.h"
 
 namespace fastrl {
-
-enum class Float { f32, bf16, f16 };
 
 struct LinearArgs {
   int64_t rows, width, vocab;  // N, H, V

@@ -73,12 +73,16 @@ class RewardSum:
 
     functions: dict[str, tuple[RewardFunction, Reward]]
 
-    def __call__(
+    def score_rollouts(
         self, examples: Sequence[Example], rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase
     ) -> Scored:
-        size = rollouts.layout.group_size
-        rows = [e for e in examples for _ in range(size)]
-        texts = tokenizer.batch_decode(rollouts.completion_lists(), skip_special_tokens=True)
+        """Scores of groups of completions, one group for each example."""
+        rows = [e for e in examples for _ in range(rollouts.layout.group_size)]
+        lists = rollouts.completion_lists()
+        return self.score(rows, tokenizer.batch_decode(lists, skip_special_tokens=True))
+
+    def score(self, rows: Sequence[Example], texts: list[str]) -> Scored:
+        """Scores of one completion for each row."""
         prompts = [e.prompt for e in rows]
         completions = [
             t if isinstance(p, str) else [{"role": "assistant", "content": t}]
@@ -149,7 +153,7 @@ def grpo_batch(
         seed=(seed << 32) + step,
     )
     rollouts = engine.generate([e.prompt_ids for e in chosen], stage.group_size, sampling)
-    scored = rewards(chosen, rollouts, tokenizer)
+    scored = rewards.score_rollouts(chosen, rollouts, tokenizer)
     device = rollouts.completion_ids.device
     total = torch.tensor(scored.total, device=device)
     mask = rollouts.completion_mask

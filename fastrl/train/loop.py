@@ -2,111 +2,34 @@
 
 import copy
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from fastrl import losses, models
 from fastrl.models import completion_logprobs
-from fastrl.reward import load_reward_function
-from fastrl.reward.reasoning_gym import verifier
-from fastrl.rollout import RolloutEngine, SamplingParams
-from fastrl.train import checkpoints, data
-from fastrl.train.batches import Batch, RewardSum, Scored, demonstrations, grpo_batch, sft_batch
+from fastrl.rollout import SamplingParams
+from fastrl.train import checkpoints
+from fastrl.train.batches import Batch, Scored, demonstrations, grpo_batch, sft_batch
 from fastrl.train.checkpoints import Progress
-from fastrl.train.config import GRPO, SFT, Config, ConfigError
+from fastrl.train.config import GRPO, SFT, Config
 from fastrl.train.optimizer import Optimizer
-from fastrl.train.tracking import Tracker, check_trackers
+from fastrl.train.setup import Setup, prepare
+from fastrl.train.tracking import Tracker
 
 MAX_SKIPPED = 3
 
 
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message says why and where its samples are."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a recipe names, loaded and checked."""
-
-    config: Config
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    train: list[data.Example]
-    held_out: list[data.Example]
-    rewards: RewardSum
-    engine: RolloutEngine
-    device: torch.device
-
-
-def prepare(config: Config) -> Setup:
-    """Load and check everything that a recipe names, before any work is done or written."""
-    check_trackers(config.trackers)
-    tokenizer = _tokenizer(config)
-    train, held_out = data.load_examples(config, tokenizer)
-    rewards = _rewards(config)
-    model, device = _model(config, tokenizer)
-    context = getattr(models.backbone(model).config, "max_position_embeddings", None)
-    data.check_context(train + held_out, config.max_completion_length, context)
-    engine = RolloutEngine(model, tokenizer, max_rows=config.rollout_rows)
-    return Setup(config, model, tokenizer, train, held_out, rewards, engine, device)
-
-
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    if config.model.alphabet is not None:
-        return models.character_tokenizer(config.model.alphabet)
-    path = config.model.tokenizer or config.model.path
-    assert path is not None
-    return models.load_tokenizer(path)
-
-
-def _model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, torch.device]:
-    settings = config.model
-    if settings.architecture is not None:
-        model: Any = models.build_model(
-            tokenizer, **settings.architecture.model_dump(), seed=config.seed
-        )
-    else:
-        assert settings.path is not None
-        model = models.load_model(settings.path)
-    models.check_vocabulary(model, tokenizer)
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        model = model.to(device, getattr(torch, settings.dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device={settings.device!r} cannot be used: {error}") from None
-    if settings.lora is not None:
-        model = models.add_lora(model, **settings.lora.model_dump(), seed=config.seed)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    models.verify_lm_head(model)
-    return model.train(), device
-
-
-def _rewards(config: Config) -> RewardSum:
-    short = [r.function.rpartition(":")[2] for r in config.rewards]
-    functions = {}
-    for reward, name in zip(config.rewards, short, strict=True):
-        if reward.function == "reasoning_gym":
-            gym = config.data.reasoning_gym
-            assert gym is not None
-            function = verifier(gym.task, gym.options)
-        else:
-            function = load_reward_function(reward.function)
-        functions[reward.function if short.count(name) > 1 else name] = (function, reward)
-    return RewardSum(functions)
 
 
 def run(config: Config, out: Path | str | None = None, console: Console | None = None) -> Path:
@@ -254,8 +177,6 @@ def _advance(progress: Progress, finite: bool) -> Progress:
 def _save_skipped(
     setup: Setup, batch: Batch, progress: Progress, metrics: dict[str, float], folder: Path
 ) -> None:
-    import json
-
     path = folder / f"skipped-step-{progress.step}.json"
     rows = zip(
         batch.prompt_ids,
@@ -384,7 +305,7 @@ def evaluate(setup: Setup, stage: SFT | GRPO) -> tuple[dict[str, float], Scored 
             temperature=0.0, max_new_tokens=limit, eos_token_id=setup.tokenizer.eos_token_id
         )
         rollouts = setup.engine.generate([e.prompt_ids for e in setup.held_out], 1, greedy)
-        scored = setup.rewards(setup.held_out, rollouts, setup.tokenizer)
+        scored = setup.rewards.score_rollouts(setup.held_out, rollouts, setup.tokenizer)
         first = next(iter(scored.parts.values()))
         metrics["eval/reward"] = sum(scored.total) / len(scored.total)
         metrics["eval/accuracy"] = sum(s >= 1 - 1e-6 for s in first) / len(first)

@@ -1,0 +1,97 @@
+"""Everything that a recipe names, loaded and checked before any work is done."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fastrl import models
+from fastrl.reward import load_reward_function
+from fastrl.reward.reasoning_gym import verifier
+from fastrl.rollout import RolloutEngine
+from fastrl.train import data
+from fastrl.train.batches import RewardSum
+from fastrl.train.config import Config, ConfigError
+from fastrl.train.tracking import check_trackers
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a recipe names, loaded and checked."""
+
+    config: Config
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    train: list[data.Example]
+    held_out: list[data.Example]
+    rewards: RewardSum
+    engine: RolloutEngine
+    device: torch.device
+
+
+def prepare(config: Config) -> Setup:
+    """Load and check everything that a recipe names, before any work is done or written."""
+    check_trackers(config.trackers)
+    tokenizer = _tokenizer(config)
+    train, held_out = data.load_examples(config, tokenizer)
+    rewards = _rewards(config)
+    if rewards.functions:
+        # A trial call: what a reward function gets wrong is an error now, not after a warm start.
+        trial = train[:2]
+        ids = [e.completion_ids or [] for e in trial]
+        rewards.score(trial, tokenizer.batch_decode(ids, skip_special_tokens=True))
+    model, device = _model(config, tokenizer)
+    context = getattr(models.backbone(model).config, "max_position_embeddings", None)
+    data.check_context(train + held_out, config.max_completion_length, context)
+    engine = RolloutEngine(model, tokenizer, max_rows=config.rollout_rows)
+    return Setup(config, model, tokenizer, train, held_out, rewards, engine, device)
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    if config.model.alphabet is not None:
+        return models.character_tokenizer(config.model.alphabet)
+    path = config.model.tokenizer or config.model.path
+    assert path is not None
+    return models.load_tokenizer(path)
+
+
+def _model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, torch.device]:
+    settings = config.model
+    if settings.architecture is not None:
+        model: Any = models.build_model(
+            tokenizer, **settings.architecture.model_dump(), seed=config.seed
+        )
+    else:
+        assert settings.path is not None
+        model = models.load_model(settings.path)
+    models.check_vocabulary(model, tokenizer)
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        model = model.to(device, getattr(torch, settings.dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device={settings.device!r} cannot be used: {error}") from None
+    if settings.lora is not None:
+        model = models.add_lora(model, **settings.lora.model_dump(), seed=config.seed)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    models.verify_lm_head(model)
+    return model.train(), device
+
+
+def _rewards(config: Config) -> RewardSum:
+    short = [r.function.rpartition(":")[2] for r in config.rewards]
+    functions = {}
+    for reward, name in zip(config.rewards, short, strict=True):
+        if reward.function == "reasoning_gym":
+            gym = config.data.reasoning_gym
+            assert gym is not None
+            function = verifier(gym.task, gym.options)
+        else:
+            function = load_reward_function(reward.function)
+        functions[reward.function if short.count(name) > 1 else name] = (function, reward)
+    return RewardSum(functions)

@@ -1,0 +1,179 @@
+"""Runs that were stopped, killed or ran out of disk go on to the same bits; damage is refused."""
+
+import multiprocessing
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from runs import same, steady, weights
+
+from fastrl import train
+from fastrl.train import CheckpointError, checkpoints, loop, parse_config
+from fastrl.train.tracking import read_jsonl
+
+VARIANTS = {
+    "plain": {},
+    "bf16": {"model": {"dtype": "bfloat16"}},
+    "lora": {"model": {"lora": {"rank": 4, "dropout": 0.1}}},
+    "kl": {
+        "grpo": {
+            "kl_coef": 0.1,
+            "kl_estimator": "k3",
+            "updates_per_batch": 2,
+            "reduction": "dr_grpo",
+        }
+    },
+    "checkpointing": {"model": {"gradient_checkpointing": True}, "grpo": {"top_p": 0.9}},
+}
+
+
+def variant(recipe, name):
+    recipe["model"] |= VARIANTS[name].get("model", {})
+    recipe["stages"]["grpo"] |= VARIANTS[name].get("grpo", {})
+    return parse_config(recipe)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_is_exact(recipe, tmp_path, name, monkeypatch):
+    config = variant(recipe, name)
+    whole = train.run(config, tmp_path / "whole")
+    step = loop._step
+    for stop_at in (1, 2, 5):
+        folder = tmp_path / f"stopped{stop_at}"
+
+        def stopping(setup, stage, progress, *rest, stop_at=stop_at):
+            if progress.step == stop_at:
+                raise KeyboardInterrupt
+            return step(setup, stage, progress, *rest)
+
+        monkeypatch.setattr(loop, "_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, folder)
+        monkeypatch.setattr(loop, "_step", step)
+        train.resume(folder)
+        assert same(weights(folder), weights(whole))
+        assert steady(folder) == steady(whole)
+        assert read_jsonl(folder / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
+
+
+def _run_or_resume(values, folder):
+    torch.set_num_threads(1)
+    if (folder / "config.yaml").is_file():
+        train.resume(folder)
+    else:
+        train.run(parse_config(values), folder)
+
+
+def kills(recipe, tmp_path, moments: int) -> None:
+    """Kill a run at random moments, resume each time, compare with an undisturbed one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastrl.train", "peft", "reasoning_gym", "torch._dynamo"])
+    recipe["stages"]["sft"]["steps"] = recipe["stages"]["grpo"]["steps"] = 40
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def go(folder: Path, seconds: float | None = None) -> bool:
+        """Run or resume, killed after so many seconds; says whether it came to its end."""
+        process = context.Process(target=_run_or_resume, args=(recipe, folder))
+        process.start()
+        process.join(seconds if seconds is not None else 300)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode == 0
+
+    go(tmp_path / "warm")  # the first process waits for the server's imports
+    start = time.perf_counter()
+    assert go(whole)
+    duration = time.perf_counter() - start
+    chance = random.Random(0)
+    while moments:
+        if go(killed, duration * chance.uniform(0.1, 0.8)):
+            # It came to its end first: check, and begin anew with the kills that are left.
+            assert same(weights(killed), weights(whole))
+            shutil.rmtree(killed)
+        else:
+            moments -= 1
+            if killed.exists() and not (killed / "config.yaml").is_file():
+                shutil.rmtree(killed)
+    assert go(killed)
+    assert same(weights(killed), weights(whole))
+    assert steady(killed) == steady(whole)
+
+
+def test_killed_twenty_times(recipe, tmp_path):
+    kills(recipe, tmp_path, 20)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(recipe, tmp_path):
+    recipe["model"]["architecture"]["intermediate_size"] = 512
+    config = parse_config(recipe | {"save_every": 1, "keep_checkpoints": 1})
+    folder = tmp_path / "run"
+    real, saves = checkpoints.save, []
+
+    def save(*arguments):
+        # From the second checkpoint on, no file may grow beyond 100 kB.
+        if saves:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        saves.append(1)
+        return real(*arguments)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "save", save)
+            with pytest.raises(
+                CheckpointError, match=r"cannot write .*what was saved before is untouched"
+            ):
+                train.run(config, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000001"]
+    train.resume(folder)
+    whole = train.run(config, tmp_path / "whole")
+    assert same(weights(folder), weights(whole))
+
+
+def test_damaged_checkpoints_are_refused(recipe, tmp_path):
+    config = parse_config(recipe)
+    run = train.run(config, tmp_path / "run")
+    newest = checkpoints.latest(run)
+    path = newest / "model.safetensors"
+    content = path.read_bytes()
+    for broken, message in (
+        (content[:-10], "is truncated: model.safetensors"),
+        (content[:-1] + bytes([content[-1] ^ 1]), "is damaged: model.safetensors"),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=message):
+            train.resume(run)
+    path.write_bytes(content)
+    state = newest / "state.json"
+    for text in ("{}", "not json", '{"format": "other"}'):
+        state.write_text(text)
+        with pytest.raises(CheckpointError, match="is not a fastrl checkpoint"):
+            train.resume(run)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is not a fastrl run"):
+        train.resume(tmp_path / "empty")
+
+
+def test_vocabulary_and_checkpoint_of_another_model(recipe, tmp_path):
+    small = recipe["model"]["architecture"] | {"vocab_size": 9}
+    with pytest.raises(
+        ValueError, match="tokenizer has 17 tokens but the model's vocabulary only 9"
+    ):
+        train.run(
+            parse_config(recipe | {"model": recipe["model"] | {"architecture": small}}),
+            tmp_path / "a",
+        )
+    run = train.run(parse_config(recipe), tmp_path / "b")
+    recipe["model"]["architecture"]["hidden_size"] = 16
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(CheckpointError, match="holds the weights of another model"):
+        train.resume(run)
