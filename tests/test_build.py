@@ -40,7 +40,7 @@ def test_op_families_are_mapped_and_kernels_stays_free():
 def test_hugging_faces_kernels_wins_over_our_folder(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("whose = 'theirs'\n")
-    code = f"import sys; sys.path[:0] = ['']; sys.path.append({str(tmp_path)!r})\n"
+    code = f"import sys; sys.path[:0] = ['', {str(tmp_path)!r}]\n"
     code += f"import os; os.chdir({str(ROOT)!r})\n"
     code += "import kernels, fastrl.kernels\n"
     code += "assert kernels.whose == 'theirs' and callable(fastrl.kernels.gae)"

@@ -90,13 +90,13 @@ def build_model(
         return Qwen3ForCausalLM(config)
 
 
-def load_model(path: str) -> PreTrainedModel:
-    """A decoder-only model from a local directory or hub id, in float32, from safetensors only."""
+def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A decoder-only model from a local directory or hub id, from safetensors only."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(
             f"model path {path!r} holds no config.json; give a Hugging Face model directory"
         )
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -59,20 +59,21 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def _model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, torch.device]:
     settings = config.model
+    dtype = getattr(torch, settings.dtype)
     if settings.architecture is not None:
         model: Any = models.build_model(
             tokenizer, **settings.architecture.model_dump(), seed=config.seed
         )
     else:
         assert settings.path is not None
-        model = models.load_model(settings.path)
+        model = models.load_model(settings.path, dtype)
     models.check_vocabulary(model, tokenizer)
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        model = model.to(device, getattr(torch, settings.dtype))
+        model = model.to(device, dtype)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device={settings.device!r} cannot be used: {error}") from None
     if settings.lora is not None:
