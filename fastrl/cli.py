@@ -1,7 +1,7 @@
 """The command line: fastrl train | report | doctor."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -55,7 +55,7 @@ def train(
     except (ValueError, trainer.CheckpointError, trainer.TrainingError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; fastrl train --resume RUN continues from the last checkpoint", code=130)
+        _fail("interrupted; fastrl train --resume with the run folder continues it", code=130)
     console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False)
 
 
@@ -76,11 +76,15 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 @app.command()
 def doctor() -> None:
     """Say what this machine has, which implementation each op uses, and what is missing."""
-    from fastrl.doctor import print_diagnosis
+    try:
+        from fastrl.doctor import print_diagnosis
 
-    raise typer.Exit(print_diagnosis(Console()))
+        code = print_diagnosis(Console())
+    except (ImportError, ValueError) as error:  # FASTRL_ISA or FASTRL_NATIVE asks for what is not
+        _fail(str(error))
+    raise typer.Exit(code)
 
 
-def _fail(message: str, code: int = 2) -> None:
+def _fail(message: str, code: int = 2) -> NoReturn:
     Console(stderr=True).print(f"[bold red]error[/bold red]: {escape(message)}", highlight=False)
     raise typer.Exit(code)

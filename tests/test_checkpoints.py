@@ -106,6 +106,23 @@ def kills(recipe, tmp_path, moments: int) -> None:
     assert steady(killed) == steady(whole)
 
 
+def test_a_damaged_reference_is_refused(recipe, tmp_path, monkeypatch):
+    config = variant(recipe, "kl")
+    step = loop._step
+
+    def stopping(setup, stage, progress, *rest):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+        return step(setup, stage, progress, *rest)
+
+    monkeypatch.setattr(loop, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, tmp_path / "run")
+    (tmp_path / "run" / "reference-grpo" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=r"cannot read .*reference-grpo"):
+        train.resume(tmp_path / "run")
+
+
 def test_killed_twenty_times(recipe, tmp_path):
     kills(recipe, tmp_path, 20)
 
@@ -158,6 +175,10 @@ def test_damaged_checkpoints_are_refused(recipe, tmp_path):
         state.write_text(text)
         with pytest.raises(CheckpointError, match="is not a fastrl checkpoint"):
             train.resume(run)
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="delete that folder"):
+        train.resume(run)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is not a fastrl run"):
         train.resume(tmp_path / "empty")

@@ -71,6 +71,9 @@ def test_overrides(tmp_path, recipe):
         (("data", "train_file"), "x.jsonl", "give one of reasoning_gym and train_file"),
         (("model", "architecture", "num_kv_heads"), 3, "must be a multiple of num_kv_heads=3"),
         (("trackers",), ["tensorbord"], "trackers"),
+        (("stages", "sft", "optimizer"), {"lr": float("inf")}, "stages.sft.optimizer.lr: .*finite"),
+        (("stages", "sft", "optimizer"), {"betas": [0.9, 1.5]}, "stages.sft.optimizer.betas.1"),
+        (("model", "device"), "meta", "model.device"),
     ],
 )
 def test_bad_recipes_are_named(recipe, path, value, message):
@@ -79,6 +82,18 @@ def test_bad_recipes_are_named(recipe, path, value, message):
         at = at[key]
     at[path[-1]] = value
     with pytest.raises(ConfigError, match=message):
+        parse_config(recipe)
+
+
+def test_a_stage_set_to_null_is_left_out(recipe):
+    recipe["stages"]["sft"] = None
+    assert list(parse_config(recipe).stages) == ["grpo"]
+
+
+def test_dropout_with_several_updates_is_refused(recipe):
+    recipe["model"]["lora"] = {"dropout": 0.1}
+    recipe["stages"]["grpo"]["updates_per_batch"] = 2
+    with pytest.raises(ConfigError, match=r"updates_per_batch=2 needs model\.lora\.dropout=0"):
         parse_config(recipe)
 
 

@@ -98,17 +98,31 @@ def test_bad_files_are_named(tmp_path):
     path.write_text('{"prompt": "1"}\n\n{"prompt": \n')
     with pytest.raises(DataError, match=r"t\.jsonl, line 3: not JSON"):
         read_rows(path)
+    path.write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(DataError, match=r"t\.jsonl, line 1: not JSON in UTF-8"):
+        read_rows(path)
     path.write_text("[1]\n")
     with pytest.raises(DataError, match="line 1: must be a JSON object"):
         read_rows(path)
 
 
+def test_one_special_token_for_everything(recipe, tokenizer, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    single = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, unk_token="<eos>", eos_token="<eos>"
+    )
+    rows = [{"prompt": "1", "completion": "2"}]
+    train, _ = load(recipe, single, tmp_path / "t.jsonl", rows)
+    assert train[0].completion_ids[-1] == single.eos_token_id
+
+
 def test_prompts_that_do_not_fit(recipe, tokenizer, tmp_path):
     rows = [{"prompt": "1", "completion": "2"}, {"prompt": "1" * 30, "completion": "2"}]
     train, _ = load(recipe, tokenizer, tmp_path / "t.jsonl", rows)
-    with pytest.raises(DataError, match=r"row 2: the prompt has 30 tokens.*context of 32"):
-        check_context(train, 5, 32)
-    check_context(train, 2, 32)
+    with pytest.raises(DataError, match=r"t.jsonl, row 2: the prompt has 30 tokens.*context of 32"):
+        check_context(train, 5, 32, "t.jsonl")
+    check_context(train, 2, 32, "t.jsonl")
     recipe["max_prompt_length"] = 20
     with pytest.raises(
         DataError, match="row 2: the prompt has 30 tokens, more than max_prompt_length=20"

@@ -97,6 +97,9 @@ def test_extreme_logits(impl):
     logits = torch.tensor([[float("-inf"), 80.0, -100.0]])
     out = logprob_from_logits(logits, torch.tensor([1]), entropy=True)
     assert out.logprob.item() == 0.0 and out.entropy.item() == 0.0
+    logits = torch.tensor([[float("-inf"), 1.0, 2.0]], requires_grad=True)
+    logprob_from_logits(logits, torch.tensor([1]), entropy=True).entropy.sum().backward()
+    assert torch.isfinite(logits.grad).all()
 
 
 def test_logprob_from_logits_with_several_targets():
@@ -131,6 +134,7 @@ def test_works_compiled_and_under_autocast(impl):
         ({"bias": torch.zeros(3)}, r"bias must be \[V\]"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, "target must have shape"),
         ({"target": torch.zeros(17)}, "target must be int64"),
+        ({"weight": torch.zeros(5, 32, device="meta")}, "weight is on meta and hidden on cpu"),
         ({"temperature": torch.ones(3)}, "temperature must be a number or a tensor of shape"),
         ({"weight": torch.zeros(5, 31)}, "hidden must end in weight's H=31"),
     ],

@@ -90,8 +90,11 @@ def test_saved_models_load_again(model, tokenizer, tmp_path):
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        models.load_model(str(tmp_path / "none"))
+    for load in (models.load_model, models.load_tokenizer):
+        with pytest.raises(ValueError, match=r"no config\.json"):
+            load(str(tmp_path / "none"))
+        with pytest.raises(ValueError, match="is not a directory"):
+            load(str(tmp_path / "nowhere"))
 
 
 def test_lora_trains_adapters_and_saves_a_merged_model(model, tokenizer, tmp_path):
@@ -110,6 +113,12 @@ def test_lora_trains_adapters_and_saves_a_merged_model(model, tokenizer, tmp_pat
     got = models.completion_logprobs(merged, [[3]], ids, mask).logprob
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_lora_on_the_head_is_refused(model):
+    options = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["lm_head"], "seed": 0}
+    with pytest.raises(ValueError, match="LoRA on the lm-head"):
+        models.lm_head(models.add_lora(model, **options))
 
 
 def test_vocabulary_mismatch_is_named(model):

@@ -34,6 +34,24 @@ def test_columns_reach_the_function():
         assert score_completions(function, "f", ["a", "b"], ["c", "d"], columns) == [1.0, 2.0]
 
 
+def test_a_function_that_raises_is_named():
+    def needs_gold(prompts, completions, gold):
+        return gold
+
+    def looks_up(prompts, completions):
+        return [{}[c] for c in completions]
+
+    for function, message in (
+        (needs_gold, "'f' raised TypeError.*gold.*given columns: none"),
+        (looks_up, "'f' raised KeyError: 'c'.*the first of 1 completions: 'c'"),
+    ):
+        with pytest.raises(RewardError, match=message):
+            score_completions(function, "f", ["a"], ["c"], {"level": [1]})
+    with pytest.raises(RewardError, match="column named 'completions'"):
+        anything = lambda **columns: [1.0]  # noqa: E731
+        score_completions(anything, "f", ["a"], ["c"], {"completions": [1]})
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [

@@ -171,6 +171,24 @@ def test_an_existing_run_folder_is_left_alone(recipe, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["note"]
 
 
+def test_bfloat16_leaves_rotary_frequencies_in_float32(recipe):
+    recipe["model"]["dtype"] = "bfloat16"
+    model = loop.prepare(parse_config(recipe)).model
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
+
+
+def test_weights_that_are_not_finite_are_never_saved(recipe, tmp_path, monkeypatch):
+    def ruin(self, step):
+        self.masters[0].data.fill_(float("nan"))
+        return 0.0
+
+    monkeypatch.setattr(Optimizer, "step", ruin)
+    with pytest.raises(TrainingError, match=r"left .* with NaN or infinity, so it is not saved"):
+        train.run(parse_config(recipe | {"save_every": 1}), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 def test_a_saved_model_is_a_starting_point(recipe, tmp_path):
     first = train.run(parse_config(recipe), tmp_path / "a")
     recipe["model"] = {"path": str(first / "final")}

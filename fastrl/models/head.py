@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,6 +43,12 @@ def lm_head(model: nn.Module) -> LmHead:
     layer = inner.get_output_embeddings()
     if not isinstance(getattr(layer, "weight", None), Tensor):
         raise ValueError(f"{type(inner).__name__} has no linear lm-head; fastrl needs a causal LM")
+    ends = (layer, inner.get_input_embeddings())
+    if any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise ValueError(
+            "LoRA on the lm-head or the embedding is not supported, as log-probs are computed from "
+            "their base weights; leave them out of target_modules"
+        )
     config = inner.config
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)

@@ -29,7 +29,7 @@ def load_reward_function(path: str) -> RewardFunction:
     sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever a user's module does wrong while it is imported
         raise RewardError(
             f"reward function {path!r}: cannot import {module_name!r}: {error}"
         ) from error
@@ -51,12 +51,22 @@ def score_completions(
     """Call `function(prompts=, completions=, **columns)` and check what it returns.
 
     Only the columns that the function names are passed, or all where it takes `**kwargs`. Raises
-    `RewardError` where the result is not one finite number per completion.
+    `RewardError` where it raises, or returns anything but one finite number per completion.
     """
     parameters = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         columns = {k: v for k, v in columns.items() if k in parameters}
-    scores = function(prompts=list(prompts), completions=list(completions), **columns)
+    clash = {"prompts", "completions"} & columns.keys()
+    if clash:
+        raise RewardError(f"the data has a column named {clash.pop()!r}, which names an argument")
+    try:
+        scores = function(prompts=list(prompts), completions=list(completions), **columns)
+    except Exception as error:  # whatever a user's function does wrong
+        raise RewardError(
+            f"reward function {name!r} raised {type(error).__name__}: {error} (given columns: "
+            f"{', '.join(sorted(columns)) or 'none'}; the first of {len(completions)} completions: "
+            f"{completions[0]!r:.100})"
+        ) from error
     scores = scores.tolist() if hasattr(scores, "tolist") else scores
     if (
         not isinstance(scores, Sequence)

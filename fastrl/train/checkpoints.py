@@ -18,6 +18,7 @@ from fastrl.train.optimizer import Optimizer
 
 FORMAT = "fastrl-checkpoint"
 VERSION = 1
+ADVICE = "delete that folder to continue from the one before"
 
 
 class CheckpointError(RuntimeError):
@@ -86,10 +87,13 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
+        previous = folder.with_name(f".{folder.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(previous)
         temporary.rename(folder)
         _sync(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -126,7 +130,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises `CheckpointError` where names or shapes differ.
     """
-    saved, current = load_file(path), trainable(model)
+    try:
+        saved, current = load_file(path), trainable(model)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}") from None
     if saved.keys() != current.keys() or any(saved[n].shape != p.shape for n, p in current.items()):
         raise CheckpointError(f"{str(path)!r} holds the weights of another model")
     for name, parameter in current.items():
@@ -182,17 +189,17 @@ def read_progress(checkpoint: Path) -> Progress:
         files, progress = state["files"], Progress(**state["progress"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         raise CheckpointError(
-            f"{str(checkpoint)!r} is not a fastrl checkpoint: no readable state.json"
+            f"{str(checkpoint)!r} is not a fastrl checkpoint: no readable state.json; {ADVICE}"
         ) from None
     for name, expected in files.items():
         part = checkpoint / name
         if not part.is_file() or part.stat().st_size != expected["bytes"]:
             raise CheckpointError(
-                f"checkpoint {str(checkpoint)!r} is truncated: {name} is not whole"
+                f"checkpoint {str(checkpoint)!r} is truncated: {name} is not whole; {ADVICE}"
             )
         if _digest(part) != expected["sha256"]:
             raise CheckpointError(
-                f"checkpoint {str(checkpoint)!r} is damaged: {name} has another checksum"
+                f"checkpoint {str(checkpoint)!r} is damaged: {name} has another checksum; {ADVICE}"
             )
     return progress
 

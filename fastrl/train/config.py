@@ -3,10 +3,17 @@
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fastrl.losses.policy import KLEstimator
 from fastrl.losses.reduction import Reduction
@@ -20,7 +27,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Architecture(Section):
@@ -62,7 +69,7 @@ class Model(Section):
         None, description="directory or hub id; default: the model's path"
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     lora: Lora | None = None
     gradient_checkpointing: bool = False
 
@@ -94,14 +101,16 @@ class ReasoningGym(Section):
     )
 
 
+# Absolute, so that a run can be resumed from any folder.
+DataFile = Annotated[Path | None, AfterValidator(lambda p: p and p.expanduser().absolute())]
+
+
 class Data(Section):
     """Where prompts and demonstrations come from: one of reasoning_gym and train_file."""
 
     reasoning_gym: ReasoningGym | None = None
-    train_file: Path | None = Field(
-        None, description="JSON lines or parquet: prompt, completion ..."
-    )
-    eval_file: Path | None = None
+    train_file: DataFile = Field(None, description="JSON lines or parquet: prompt, completion ...")
+    eval_file: DataFile = None
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -127,11 +136,14 @@ class Reward(Section):
     )
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     """AdamW with gradient clipping, linear warm-up and a decay to `final_lr_fraction` of `lr`."""
 
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -206,6 +218,8 @@ class Config(Section):
         classes = {"sft": SFT, "grpo": GRPO}
         chosen = {}
         for name, stage in stages.items():
+            if stage is None:  # --set stages.sft=null leaves a recipe's stage out
+                continue
             if not isinstance(stage, dict):
                 chosen[name] = stage
                 continue
@@ -225,6 +239,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rewards_where_needed(self):
+        dropout = self.model.lora is not None and self.model.lora.dropout > 0
+        for name, stage in self.stages.items():
+            if dropout and isinstance(stage, GRPO) and stage.updates_per_batch > 1:
+                raise ValueError(
+                    f"stages.{name}.updates_per_batch={stage.updates_per_batch} needs "
+                    "model.lora.dropout=0: dropout noise would look like a change of the policy"
+                )
         if not self.rewards and any(s.algorithm != "sft" for s in self.stages.values()):
             raise ValueError("rewards is empty, but a stage other than sft needs at least one")
         names = [r.function for r in self.rewards]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrl.reward.reasoning_gym import make_problems
 from fastrl.train import config as cfg
 
-RESERVED = ("prompt", "completion", "chosen", "rejected")
+RESERVED = ("prompt", "completion")  # everything else reaches the reward functions
 
 
 class DataError(ValueError):
@@ -48,14 +48,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         rows = [dict(r) for r in load_dataset("parquet", data_files=str(path), split="train")]
     else:
         rows = []
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise DataError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
                 if not isinstance(row, dict):
                     raise DataError(
                         f"{path}, line {number}: must be a JSON object, got {line.strip()[:60]!r}"
@@ -133,9 +133,8 @@ def _example(
                 raise DataError(
                     f"{where}: completion must be a string like prompt, got {type(text).__name__}"
                 )
-            completion_ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [
-                tokenizer.eos_token_id
-            ]
+            completion_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            completion_ids.append(tokenizer.eos_token_id)
     elif _conversation(prompt):
         if tokenizer.chat_template is None:
             raise DataError(
@@ -155,6 +154,10 @@ def _example(
         raise DataError(
             f"{where}: prompt must be a string or a list of messages, got {str(prompt)[:60]!r}"
         )
+    # Tokenizers with one special token for everything have no way to say unknown.
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        unknown = None
     for name, ids, limit in (
         ("prompt", prompt_ids, config.max_prompt_length),
         ("completion", completion_ids or [], config.max_completion_length),
@@ -163,7 +166,7 @@ def _example(
             raise DataError(
                 f"{where}: the {name} has {len(ids)} tokens, more than max_{name}_length={limit}"
             )
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        if unknown is not None and unknown in ids:
             raise DataError(
                 f"{where}: the {name} holds characters that the tokenizer does not know: "
                 f"{row[name]!r}"
@@ -181,14 +184,16 @@ def _chat_ids(
     return rendered["input_ids"]
 
 
-def check_context(examples: list[Example], max_completion_length: int, context: int | None) -> None:
+def check_context(
+    examples: list[Example], max_completion_length: int, context: int | None, source: str
+) -> None:
     """Raise `DataError` for the first example that leaves no room for its completion."""
     if context is None:
         return
     for i, example in enumerate(examples, 1):
         if len(example.prompt_ids) + max_completion_length > context:
             raise DataError(
-                f"row {i}: the prompt has {len(example.prompt_ids)} tokens and "
+                f"{source}, row {i}: the prompt has {len(example.prompt_ids)} tokens and "
                 f"max_completion_length is "
                 f"{max_completion_length}: more than the model's context of {context}"
             )

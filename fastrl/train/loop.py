@@ -49,6 +49,7 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
         checkpoints.create_run(folder, config)  # raises: say so before loading anything
     setup = prepare(config)
     checkpoints.create_run(folder, config)
+    (console or Console()).print(f"run {folder}", highlight=False, soft_wrap=True)
     return _train(setup, folder, Progress(), None, console)
 
 
@@ -76,6 +77,8 @@ def _train(
             continued = name == progress.stage
             if not continued:
                 progress = replace(progress, stage=name, stage_step=0, skipped_in_a_row=0)
+            if progress.stage_step == stage.steps:
+                continue
             reference = _reference(setup, stage, folder / f"reference-{name}", progress.stage_step)
             optimizer = Optimizer(setup.model, stage.optimizer, stage.steps)
             if continued and checkpoint is not None:
@@ -85,6 +88,7 @@ def _train(
                 progress = _step(setup, stage, progress, optimizer, reference, tracker, folder)
                 done = progress.stage_step == stage.steps
                 if done or progress.step % config.save_every == 0:
+                    _check_finite(setup.model, progress)
                     checkpoints.save(
                         folder, progress, setup.model, optimizer, config.keep_checkpoints
                     )
@@ -93,6 +97,15 @@ def _train(
             lambda path: models.save_pretrained(setup.model, setup.tokenizer, path),
         )
     return folder
+
+
+def _check_finite(model: nn.Module, progress: Progress) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise TrainingError(
+                f"step {progress.step} left {name} with NaN or infinity, so it is not saved; "
+                "a lower learning rate may help"
+            )
 
 
 def _step(
@@ -321,6 +334,7 @@ def _reference(setup: Setup, stage: SFT | GRPO, folder: Path, stage_step: int) -
     if not isinstance(stage, GRPO) or stage.kl_coef == 0:
         return None
     frozen = {id(p): p for p in setup.model.parameters() if not p.requires_grad}
+    setup.model.zero_grad()  # gradients would be copied along
     reference = copy.deepcopy(setup.model, frozen)
     if stage_step == 0:
         checkpoints.write_folder(

@@ -44,7 +44,8 @@ def prepare(config: Config) -> Setup:
         rewards.score(trial, tokenizer.batch_decode(ids, skip_special_tokens=True))
     model, device = _model(config, tokenizer)
     context = getattr(models.backbone(model).config, "max_position_embeddings", None)
-    data.check_context(train + held_out, config.max_completion_length, context)
+    for examples, source in ((train, "training data"), (held_out, "held-out data")):
+        data.check_context(examples, config.max_completion_length, context, source)
     engine = RolloutEngine(model, tokenizer, max_rows=config.rollout_rows)
     return Setup(config, model, tokenizer, train, held_out, rewards, engine, device)
 
@@ -73,9 +74,12 @@ def _model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Modul
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        model = model.to(device, dtype)
+        model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device={settings.device!r} cannot be used: {error}") from None
+    # Parameters alone: rotary frequencies are buffers, and have to stay float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     if settings.lora is not None:
         model = models.add_lora(model, **settings.lora.model_dump(), seed=config.seed)
     if settings.gradient_checkpointing:

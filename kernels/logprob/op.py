@@ -24,6 +24,11 @@ def _check_linear(
         raise ValueError(
             f"hidden must end in weight's H={weight.shape[1]}, got shape {tuple(hidden.shape)}"
         )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and hidden on {hidden.device}; they must be on one"
+            )
     if not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:

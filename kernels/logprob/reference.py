@@ -55,7 +55,8 @@ def logprob_from_logits(logits, target, *, temperature=1.0, entropy=False) -> Lo
     spread = None
     if entropy:
         p = torch.exp(logits - lse.unsqueeze(-1))
-        spread = lse - torch.where(p > 0, p * logits, torch.zeros_like(p)).sum(-1)
+        # A logit of -inf has p = 0; it must not reach the product, nor the product's gradient.
+        spread = lse - (p * logits.masked_fill(p == 0, 0.0)).sum(-1)
     return LogProbs(logprob.squeeze(-1) if single else logprob, lse, spread)
 
 
