@@ -123,6 +123,21 @@ def test_a_damaged_reference_is_refused(recipe, tmp_path, monkeypatch):
         train.resume(tmp_path / "run")
 
 
+def test_data_that_changed_is_noticed(recipe, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    recipe["data"] = {"train_file": str(path)}
+    recipe["rewards"], recipe["stages"] = [], {"sft": {"steps": 1, "batch_size": 2}}
+    run = train.run(parse_config(recipe), tmp_path / "run")
+    train.resume(run)
+    path.write_text('{"prompt": "1+1=", "completion": "3"}\n')
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl changed since the run began"):
+        train.resume(run)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot go on"):
+        train.resume(run)
+
+
 def test_killed_twenty_times(recipe, tmp_path):
     kills(recipe, tmp_path, 20)
 

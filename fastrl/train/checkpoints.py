@@ -48,7 +48,14 @@ def create_run(folder: Path, config: cfg.Config) -> None:
             f"run folder {str(folder)!r} already exists; choose another with --out, or "
             f"continue it with --resume"
         ) from None
+    # config.yaml last: where it is, the run can be resumed.
+    write_whole(folder / "inputs.json", json.dumps(_inputs(config), indent=1).encode())
     write_whole(folder / "config.yaml", cfg.dump_config(config).encode())
+
+
+def _inputs(config: cfg.Config) -> dict[str, str]:
+    files = (config.data.train_file, config.data.eval_file)
+    return {str(path): _digest(path) for path in files if path is not None}
 
 
 def open_run(folder: Path) -> cfg.Config:
@@ -57,6 +64,19 @@ def open_run(folder: Path) -> cfg.Config:
     if not path.is_file():
         raise CheckpointError(f"{str(folder)!r} is not a fastrl run: it holds no config.yaml")
     return cfg.load_recipe(str(path))
+
+
+def check_inputs(folder: Path, config: cfg.Config) -> None:
+    """Raise `CheckpointError` where a data file changed since the run began, or is gone."""
+    try:
+        began_with = json.loads((folder / "inputs.json").read_text())
+        changed = [n for n, digest in _inputs(config).items() if began_with.get(n) != digest]
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"run {str(folder)!r} cannot go on: {error}") from None
+    if changed:
+        raise CheckpointError(
+            f"{', '.join(changed)} changed since the run began; a resumed run would be another one"
+        )
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -57,6 +57,7 @@ def resume(folder: Path | str, console: Console | None = None) -> Path:
     """Continue a run from its newest checkpoint, to the same bits as if it had never stopped."""
     folder = Path(folder)
     config = checkpoints.open_run(folder)
+    checkpoints.check_inputs(folder, config)
     checkpoint = checkpoints.latest(folder)
     progress = Progress() if checkpoint is None else checkpoints.read_progress(checkpoint)
     setup = prepare(config)
@@ -209,10 +210,9 @@ def _save_skipped(
     checkpoints.write_whole(path, json.dumps(report, indent=1).encode())
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         raise TrainingError(
-            f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient (step "
-            f"{progress.step}: loss "
-            f"{metrics['loss']}, gradient norm {metrics['grad_norm']}); none reached the "
-            f"weights. Their samples "
+            f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient and were not applied "
+            f"(step {progress.step}: loss {metrics['loss']}, gradient norm "
+            f"{metrics['grad_norm']}). Their samples "
             f"are in {folder}/skipped-step-*.json; a lower learning rate may help"
         )
 
