@@ -100,14 +100,14 @@ def linear_logprob(
                 entropy=entropy,
             )
         _check_kernel(hidden, weight, temperature)
-        each = isinstance(temperature, Tensor)
+        each = temperature if isinstance(temperature, Tensor) else None
         logprob, lse, spread = torch.ops.fastrl.linear_logprob(
             hidden,
             weight,
             target.long(),
             bias,
-            temperature.expand(target.shape) if isinstance(temperature, Tensor) else None,
-            1.0 if each else float(temperature),
+            None if each is None else each.expand(target.shape),
+            float(temperature) if each is None else 1.0,
             softcap or 0.0,
             logit_scale,
             ignore_index,
