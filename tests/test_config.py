@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fastrl.train import ConfigError, load_recipe, parse_config, shipped_recipes
-from fastrl.train.config import dump_config
+from fastrl.train.recipe import dump_config
 
 
 def test_shipped_recipes_load_and_round_trip(tmp_path):

@@ -1,9 +1,10 @@
 """The thin trainer: recipes, one loop, checkpoints and tracking."""
 
 from fastrl.train.checkpoints import CheckpointError
-from fastrl.train.config import Config, ConfigError, load_recipe, parse_config, shipped_recipes
+from fastrl.train.config import Config, ConfigError, parse_config
 from fastrl.train.data import DataError
 from fastrl.train.loop import TrainingError, resume, run
+from fastrl.train.recipe import load_recipe, shipped_recipes
 
 __all__ = [
     "CheckpointError",

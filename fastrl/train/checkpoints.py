@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastrl.train import config as cfg
 from fastrl.train.optimizer import Optimizer
+from fastrl.train.recipe import dump_config, load_recipe
 
 FORMAT = "fastrl-checkpoint"
 VERSION = 1
@@ -50,7 +51,7 @@ def create_run(folder: Path, config: cfg.Config) -> None:
         ) from None
     # config.yaml last: where it is, the run can be resumed.
     write_whole(folder / "inputs.json", json.dumps(_inputs(config), indent=1).encode())
-    write_whole(folder / "config.yaml", cfg.dump_config(config).encode())
+    write_whole(folder / "config.yaml", dump_config(config).encode())
 
 
 def _inputs(config: cfg.Config) -> dict[str, str]:
@@ -63,7 +64,7 @@ def open_run(folder: Path) -> cfg.Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{str(folder)!r} is not a fastrl run: it holds no config.yaml")
-    return cfg.load_recipe(str(path))
+    return load_recipe(str(path))
 
 
 def check_inputs(folder: Path, config: cfg.Config) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrl.train.checkpoints import CheckpointError, open_run, write_whole
-from fastrl.train.config import dump_config
+from fastrl.train.recipe import dump_config
 from fastrl.train.tracking import read_jsonl
 
 # What a reader looks for first; the rest follows by name.
