@@ -297,6 +297,8 @@ def test_cpu_opcheck_and_bad_values():
         4.0,
         1.0,
         -100,
+        "cpu",
+        1000,
     )
     torch.library.opcheck(torch.ops.fastrl.linear_logprob, arguments)
     for bad in (11, -1):

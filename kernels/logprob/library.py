@@ -1,192 +1,130 @@
-"""torch.ops.fastrl.linear_logprob: schema, fake, autograd, and the call of the compiled kernels."""
+"""torch.ops.fastrl.linear_logprob: schema, fake, autograd, and the call of an implementation.
 
+An implementation is a module beside this one with two functions,
+
+    forward(problem, kept) -> (logprob, lse, entropy)
+    backward(problem, kept, upstream, needed) -> (grad_hidden, grad_weight, grad_bias)
+
+where `kept` is the workspace: memory that the forward may fill with what spares the backward work.
+"""
+
+import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrl.kernels.native import module, pointer, threads
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MODULES = {"cpu": "cpu"}  # of each implementation
 
 
-class _Problem(NamedTuple):
-    """The rows that are not ignored, as the kernels read them; tensors are kept alive by it."""
+class Problem(NamedTuple):
+    """The op's inputs, in its schema's order."""
 
-    rows: Tensor
-    hidden: Tensor
-    weight: Tensor
-    target: Tensor
-    bias: Tensor | None
-    inv_temperature: Tensor
-    softcap: float
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]
+    target: Tensor  # [...]
+    bias: Tensor | None  # [V]
+    temperatures: Tensor | None  # [...], or the one temperature
+    temperature: float
+    softcap: float  # 0 for none
     logit_scale: float
-
-    def arguments(self):
-        """The same as `fastrl._C.linear_args`."""
-        c = module()
-        kind = {t: getattr(c.Float, str(t).removeprefix("torch.")) for t in FLOATS}
-        return c.linear_args(
-            *self.hidden.shape,
-            self.weight.shape[0],
-            pointer(self.hidden),
-            kind[self.hidden.dtype],
-            pointer(self.weight),
-            kind[self.weight.dtype],
-            self.weight.stride(0),
-            pointer(self.bias),
-            pointer(self.inv_temperature),
-            pointer(self.target),
-            self.logit_scale,
-            self.softcap,
-        )
+    ignore_index: int
+    impl: str
+    workspace: int  # bytes at most in `kept`; 0 where no gradient will be asked for
 
 
-def _problem(
-    hidden, weight, target, bias, temperatures, temperature, softcap, logit_scale, ignore_index
-) -> _Problem:
-    flat = target.reshape(-1)
-    rows = torch.nonzero(flat != ignore_index).squeeze(-1)
-    flat = flat[rows]
-    if len(rows) and not 0 <= int(flat.min()) <= int(flat.max()) < weight.shape[0]:
-        raise ValueError(
-            f"target must lie in [0, V={weight.shape[0]}) or be ignore_index={ignore_index}, "
-            f"got values from {int(flat.min())} to {int(flat.max())}"
-        )
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    if temperatures is None:
-        inverse = torch.full((len(rows),), 1 / temperature)
-    else:
-        inverse = 1 / temperatures.reshape(-1)[rows].float()
-    return _Problem(
-        rows,
-        hidden.contiguous() if len(rows) == len(hidden) else hidden[rows],
-        weight if weight.stride(1) == 1 else weight.contiguous(),
-        flat,
-        None if bias is None else bias.float().contiguous(),
-        inverse.contiguous(),
-        softcap,
-        logit_scale,
-    )
+class Upstream(NamedTuple):
+    """What the backward is given, each [...]."""
+
+    lse: Tensor
+    entropy: Tensor
+    grad_logprob: Tensor
+    grad_lse: Tensor
+    grad_entropy: Tensor
 
 
-_SETTINGS = (
-    "Tensor? temperatures, float temperature, float softcap, float logit_scale, int ignore_index"
+_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? temperatures, "
+    "float temperature, float softcap, float logit_scale, int ignore_index, str impl, int workspace"
 )
+_UPSTREAM = ", ".join(f"Tensor {name}" for name in Upstream._fields)
 _library = torch.library.Library("fastrl", "FRAGMENT")
+_library.define(f"linear_logprob({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"linear_logprob(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_SETTINGS}) "
+    f"linear_logprob_bwd({_SCHEMA}, Tensor kept, {_UPSTREAM}, bool[] needed) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_library.define(
-    f"linear_logprob_bwd(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_SETTINGS}, "
-    "Tensor lse, Tensor entropy, Tensor grad_logprob, Tensor grad_lse, Tensor grad_entropy, "
-    "bool[] needed) -> (Tensor, Tensor, Tensor)"
-)
 
 
-def _scatter(values: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Values of the kept rows among zeros."""
-    if len(rows) == shape.numel():
-        return values.view(shape)
-    return values.new_zeros(shape.numel()).index_copy_(0, rows, values).view(shape)
+def _implementation(impl: str):
+    return importlib.import_module(f"fastrl.kernels.logprob.{MODULES[impl]}")
 
 
-def _forward(hidden, weight, target, bias, *settings):
-    problem = _problem(hidden, weight, target, bias, *settings)
-    results = [torch.empty(len(problem.rows)) for _ in range(3)]
-    if len(problem.rows):
-        c = module()
-        args = c.linear_logprob_fwd_args(problem.arguments(), *map(pointer, results))
-        c.linear_logprob_fwd_cpu(args, threads())
-    return tuple(_scatter(r, problem.rows, target.shape) for r in results)
+def _new_kept(p: Problem) -> Tensor:
+    """Room for the exponentials of all logits as bf16, padded, with their maxima, or less."""
+    tokens, vocab = (p.target.numel() + 63) // 64 * 64, (p.weight.shape[0] + 191) // 192 * 192
+    everything = 9 * tokens * vocab // 4
+    return p.hidden.new_empty(torch.sym_min(p.workspace, everything), dtype=torch.uint8)
 
 
-def _backward(hidden, weight, target, bias, *rest):
-    *settings, lse, entropy, grad_logprob, grad_lse, grad_entropy, needed = rest
-    problem = _problem(hidden, weight, target, bias, *settings)
-    rows = problem.rows
-    given = [
-        g.reshape(-1)[rows].float().contiguous()
-        for g in (lse, entropy, grad_logprob, grad_lse, grad_entropy)
-    ]
-    need_hidden, need_weight, need_bias = needed
-    nothing = hidden.new_empty(0)
-    grad_hidden = torch.empty_like(problem.hidden) if need_hidden else None
-    grad_weight = weight.new_empty(weight.shape) if need_weight else None
-    grad_bias = torch.empty(weight.shape[0]) if need_bias else None
-    if len(rows):
-        c = module()
-        gradients = map(pointer, (grad_hidden, grad_weight, grad_bias))
-        args = c.linear_logprob_bwd_args(problem.arguments(), *map(pointer, given), *gradients)
-        c.linear_logprob_bwd_cpu(args, threads())
-    else:
-        for gradient in (grad_weight, grad_bias):
-            if gradient is not None:
-                gradient.zero_()
-    if grad_hidden is None:
-        whole = nothing
-    elif len(rows) == target.numel():
-        whole = grad_hidden.view(hidden.shape)
-    else:
-        whole = hidden.new_zeros(target.numel(), hidden.shape[-1])
-        whole = whole.index_copy_(0, rows, grad_hidden).view(hidden.shape)
-    return (
-        whole,
-        weight.new_empty(0) if grad_weight is None else grad_weight,
-        nothing.clone() if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-    )
+def _forward(*arguments):
+    p = Problem(*arguments)
+    kept = _new_kept(p)
+    return *_implementation(p.impl).forward(p, kept), kept
 
 
-def _fake_forward(hidden, weight, target, bias, *settings):
-    return tuple(hidden.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
+def _fake_forward(*arguments):
+    p = Problem(*arguments)
+    statistics = (p.hidden.new_empty(p.target.shape, dtype=torch.float32) for _ in range(3))
+    return *statistics, _new_kept(p)
 
 
-def _fake_backward(hidden, weight, target, bias, *rest):
-    need_hidden, need_weight, need_bias = rest[-1]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        bias.new_empty(bias.shape) if need_bias else hidden.new_empty(0),
+def _split(arguments) -> tuple[Problem, Tensor, Upstream, list[bool]]:
+    n = len(Problem._fields)
+    *upstream, needed = arguments[n + 1 :]
+    return Problem(*arguments[:n]), arguments[n], Upstream(*upstream), needed
+
+
+def _backward(*arguments):
+    p, kept, upstream, needed = _split(arguments)
+    gradients = _implementation(p.impl).backward(p, kept, upstream, needed)
+    return tuple(p.hidden.new_empty(0) if g is None else g for g in gradients)
+
+
+def _fake_backward(*arguments):
+    p, _, _, needed = _split(arguments)
+    return tuple(
+        like.new_empty(like.shape) if need else p.hidden.new_empty(0)
+        for like, need in zip((p.hidden, p.weight, p.bias), needed, strict=True)
     )
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, target, bias, temperatures, *settings = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(hidden, weight, target, bias, temperatures, lse, entropy)
-    ctx.settings = settings
+    tensors, ctx.settings = inputs[:5], inputs[5:]
+    _, lse, entropy, kept = output
+    ctx.save_for_backward(*tensors, kept, lse, entropy)
 
 
-def _autograd(ctx, grad_logprob, grad_lse, grad_entropy):
-    hidden, weight, target, bias, temperatures, lse, entropy = ctx.saved_tensors
+def _autograd(ctx, grad_logprob, grad_lse, grad_entropy, _):
+    *tensors, kept, lse, entropy = ctx.saved_tensors
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    upstream = (
+        torch.zeros_like(lse) if g is None else g for g in (grad_logprob, grad_lse, grad_entropy)
+    )
     gradients = torch.ops.fastrl.linear_logprob_bwd(
-        hidden,
-        weight,
-        target,
-        bias,
-        temperatures,
-        *ctx.settings,
-        lse,
-        entropy,
-        *(
-            lse.new_zeros(lse.shape) if g is None else g
-            for g in (grad_logprob, grad_lse, grad_entropy)
-        ),
-        needed,
+        *tensors, *ctx.settings, kept, lse, entropy, *upstream, needed
     )
-    grad_hidden, grad_weight, grad_bias = (
-        g if need else None for g, need in zip(gradients, needed, strict=True)
-    )
-    return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None
+    hidden, weight, bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
+    return hidden, weight, None, bias, *[None] * 7
 
 
 for _name, _run, _fake in (
     ("linear_logprob", _forward, _fake_forward),
     ("linear_logprob_bwd", _backward, _fake_backward),
 ):
-    _library.impl(_name, _run, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _device)
     torch.library.register_fake(f"fastrl::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
     "fastrl::linear_logprob", _autograd, setup_context=_setup, lib=_library

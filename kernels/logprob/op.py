@@ -66,6 +66,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
+    workspace_mb: float = 0.0,
     impl: str = "auto",
 ) -> LogProbs:
     """Log-probability of `target` under the lm-head's softmax, with its logsumexp and entropy.
@@ -101,7 +102,8 @@ def linear_logprob(
             )
         _check_kernel(hidden, weight, temperature)
         each = temperature if isinstance(temperature, Tensor) else None
-        logprob, lse, spread = torch.ops.fastrl.linear_logprob(
+        differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        logprob, lse, spread, _ = torch.ops.fastrl.linear_logprob(
             hidden,
             weight,
             target.long(),
@@ -111,6 +113,8 @@ def linear_logprob(
             softcap or 0.0,
             logit_scale,
             ignore_index,
+            chosen,
+            int(workspace_mb * 2**20) if differentiated else 0,
         )
         return LogProbs(logprob, lse, spread if entropy else None)
 

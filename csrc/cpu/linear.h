@@ -1,0 +1,134 @@
+// The lm-head's logits, a block of vocabulary rows times a panel of tokens at a time, in the
+// namespace of the instruction set being compiled.
+#pragma once
+
+#include "gemm.h"
+#include "logprob.h"
+#include "pack.h"
+#include "pool.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+constexpr int64_t kTokens = 2048;          // packed at a time, fewer for wide models:
+constexpr int64_t kTokenFloats = 4 << 20;  // their hidden states as floats
+
+inline Vec tanh(Vec x) {
+  const Vec square = x * x;
+  Vec p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec near = p * square * x + x;
+  const Vec far = 1.0f - 2.0f / (exp(x + x) + 1.0f);
+  return select((x < splat(0.625f)) & (x > splat(-0.625f)), near, far);
+}
+
+inline Vec at_least(Vec x, Vec limit) { return select(x < limit, limit, x); }
+
+// The tokens [first, first + count) of a problem, packed for products with rows of the weight.
+template <class Kind>
+class Tokens {
+ public:
+  using Element = typename Kind::Element;
+
+  Tokens(const LinearArgs& a, int64_t capacity)
+      : a_(a),
+        steps_(ceil_div(a.width, Kind::kStep)),
+        packed_(round_up(capacity, kPanel) * steps_) {}
+
+  void pack(int64_t first, int64_t count, int threads) {
+    first_ = first;
+    count_ = count;
+    parallel_for(panels(), threads, [&](int64_t p) { pack_panel(p); });
+  }
+
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+  int64_t panels() const { return ceil_div(count_, kPanel); }
+  int64_t in_panel(int64_t p) const { return std::min<int64_t>(kPanel, count_ - p * kPanel); }
+
+  // Vectors of the panel that hold tokens, as many as the products are made for.
+  int vectors(int64_t p) const {
+    const int n = static_cast<int>(ceil_div(in_panel(p), kLanes));
+    return n > 2 ? kVectors : n;
+  }
+
+  // Rows [v0, v0 + n) of the weight; as floats in `scratch` [kBlock, H] if they are not stored so.
+  Rows weight_rows(int64_t v0, int n, float* scratch) const {
+    const auto* weight = static_cast<const char*>(a_.weight);
+    const bool convert = Kind::kStep == 1 && a_.weight_type != Float::f32;
+    const int64_t stride = a_.weight_stride * bytes(a_.weight_type);
+    Rows rows;
+    rows.data = convert ? reinterpret_cast<const char*>(scratch) : weight;
+    rows.stride = sizeof(Element);
+    for (int r = 0; r < kBlock; ++r) {
+      const int64_t row = std::min(r, n - 1);  // rows that are not there: computed, never used
+      if (convert && r < n) {
+        to_floats(weight + (v0 + r) * stride, a_.weight_type, a_.width, scratch + r * a_.width);
+      }
+      rows.row[r] = convert ? row * a_.width * 4 : (v0 + row) * stride;
+    }
+    return rows;
+  }
+
+  // Logits before the temperature, z[kBlock, kPanel].
+  void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
+    const int vectors = this->vectors(p);
+    multiply<Kind>(rows, n, steps_, packed_.get() + p * kPanel * steps_, vectors, z);
+    for (int r = 0; r < n; ++r) {
+      const float bias = a_.bias ? a_.bias[v0 + r] : 0.0f;
+      for (int j = 0; j < vectors; ++j) {
+        float* at = z + r * kPanel + j * kLanes;
+        Vec x = (load(at) + bias) * a_.logit_scale;
+        if (a_.softcap > 0.0f) {
+          x = a_.softcap * tanh(x / a_.softcap);
+        }
+        store(at, x);
+      }
+    }
+  }
+
+ private:
+  void pack_panel(int64_t p) {
+    Element* panel = packed_.get() + p * kPanel * steps_;
+    Buffer<char> row(steps_ * sizeof(Element));
+    for (int64_t i = 0; i < kPanel; ++i) {
+      auto* elements = reinterpret_cast<Element*>(row.get());
+      if (i < in_panel(p)) {
+        const int64_t at = (first_ + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
+        const char* from = static_cast<const char*>(a_.hidden) + at;
+        if constexpr (Kind::kStep == 1) {
+          to_floats(from, a_.hidden_type, a_.width, elements);
+        } else {
+          std::memcpy(elements, from, steps_ * sizeof(Element));
+        }
+      } else {
+        std::memset(row.get(), 0, steps_ * sizeof(Element));
+      }
+      for (int64_t k = 0; k < steps_; ++k) {
+        panel[k * kPanel + i] = elements[k];
+      }
+    }
+  }
+
+  const LinearArgs& a_;
+  int64_t steps_, first_ = 0, count_ = 0;
+  Buffer<Element> packed_;
+};
+
+inline int64_t tokens_at_once(const LinearArgs& a) {
+  const int64_t fit = std::max<int64_t>(kTokenFloats / a.width / kPanel, 1) * kPanel;
+  return std::min({kTokens, fit, a.rows});
+}
+
+// Pairs need both operands in bf16, and rows that end on a pair.
+[[maybe_unused]] inline bool use_pairs(const LinearArgs& a) {
+  return a.hidden_type == Float::bf16 && a.weight_type == Float::bf16 && a.width % 2 == 0;
+}
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl
