@@ -26,7 +26,7 @@ namespace {
 
 constexpr int64_t kChunks = 64;         // of the vocabulary, in the forward
 constexpr int64_t kBackwardRows = 768;  // of the vocabulary, taken together in the backward
-constexpr float kLowest = -200.0f;      // exp is 0 there, and 0 times it is not NaN
+constexpr float kLowest = -86.0f;       // where exp_below ends
 
 // Running maximum and, relative to it, sum of exponentials and of z times them; a lane per token.
 struct Running {
@@ -40,21 +40,22 @@ void fold(const float* z, int n, int vectors, const float* inv_temperature, bool
     const Vec scale = load(inv_temperature + at);
     Vec highest = splat(-FLT_MAX);
     for (int r = 0; r < n; ++r) {
-      highest = at_least(load(z + r * kPanel + at) * scale, highest);
+      highest = at_least(load(z + r * kPanel + at), highest);
     }
+    highest = highest * scale;
     Vec sum = {}, weighted = {};
     if (!first) {
       const Vec before = load(to.max + at);
       highest = at_least(before, highest);
-      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp(down);
+      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp_below(down);
       sum = load(to.sum + at) * factor;
       weighted = (load(to.weighted + at) + down * load(to.sum + at)) * factor;
     }
     for (int r = 0; r < n; ++r) {
-      const Vec x = at_least(load(z + r * kPanel + at) * scale - highest, splat(kLowest));
-      const Vec e = exp(x);
+      const Vec x = at_least(fma(load(z + r * kPanel + at), scale, -highest), splat(kLowest));
+      const Vec e = exp_below(x);
       sum += e;
-      weighted += x * e;
+      weighted = fma(x, e, weighted);
     }
     store(to.max + at, highest);
     store(to.sum + at, sum);
@@ -259,9 +260,10 @@ class Backward {
       for (int j = 0; j < vectors; ++j) {
         const int at = j * kLanes;
         const Vec x = load(z + r * kPanel + at), scale = load(u.inv_temperature + at);
-        const Vec logp = at_least(x * scale - load(u.lse + at), splat(kLowest));
+        const Vec logp = at_least(fma(x, scale, -load(u.lse + at)), splat(kLowest));
+        const Vec p = select(logp > splat(kLowest), exp_below(logp), logp * 0.0f);
         const Vec spread = load(u.of_spread + at) * (logp + load(u.entropy + at));
-        Vec g = exp(logp) * (load(u.of_p + at) - spread) * scale * a_.logit_scale;
+        Vec g = p * (load(u.of_p + at) - spread) * scale * a_.logit_scale;
         if (a_.softcap > 0.0f) {
           g = g * (1.0f - (x / a_.softcap) * (x / a_.softcap));
         }
