@@ -18,7 +18,7 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kKeptBytes = 64 << 20;
+constexpr int64_t kKeptBytes = 128 << 20;
 
 // The best perturbed logit so far, or with greedy the best logit; a lane per token.
 struct Best {

@@ -27,7 +27,7 @@ class TruncatedRow {
   // z[0, n), with room up to `padded`, a multiple of kLanes, which is filled with -inf; highest is
   // the finite maximum of z.
   TruncatedRow(float* z, int64_t n, int64_t padded, float highest)
-      : z_(z), n_(n), padded_(padded), highest_(highest), last_(n) {
+      : z_(z), n_(n), padded_(padded), highest_(highest), last_(static_cast<int32_t>(n - 1)) {
     std::fill(z + n, z + padded, -kInfinity);
   }
 
@@ -53,14 +53,14 @@ class TruncatedRow {
 
   // Keeps an entry if the probability of those before it, among those kept so far, is below top_p.
   void top_p(double top_p) {
-    constexpr int kBins = 2048;
-    constexpr float kPerUnit = 32.0f;  // bins per unit of logit, counted from the highest
-    const auto bin = [&](float z) {
-      const float below = (highest_ - z) * kPerUnit;
-      return below < kBins - 1 ? static_cast<int>(below) : kBins - 1;
-    };
     double mass[kBins] = {}, total = 0.0;
-    each_weight([&](int64_t v, float weight) { mass[bin(z_[v])] += weight; });
+    each_vector([&](int64_t, Vec x, IVec, Vec weight) {
+      const Vec depth = this->depth(x), last = splat(kBins - 1);
+      const IVec bin = __builtin_convertvector(select(depth < last, depth, last), IVec);
+      for (int i = 0; i < kLanes; ++i) {
+        mass[bin[i]] += weight[i];
+      }
+    });
     for (double m : mass) {
       total += m;
     }
@@ -69,14 +69,23 @@ class TruncatedRow {
     while (b < kBins - 1 && before + mass[b] < top_p * total) {
       before += mass[b++];
     }
+    // The last entry kept is in this bin.
+    const Vec from = splat(static_cast<float>(b));
+    const Vec to = b < kBins - 1 ? from + 1.0f : splat(kInfinity);
     struct Entry {
       float z, weight;
       int64_t v;
     };
     std::vector<Entry> entries;
-    each_weight([&](int64_t v, float weight) {
-      if (bin(z_[v]) == b) {
-        entries.push_back({z_[v], weight, v});
+    each_vector([&](int64_t v, Vec x, IVec kept, Vec weight) {
+      const Vec depth = this->depth(x);
+      const IVec inside = kept & (depth >= from) & (depth < to);
+      if (any(inside)) {
+        for (int i = 0; i < kLanes; ++i) {
+          if (inside[i]) {
+            entries.push_back({x[i], weight[i], v + i});
+          }
+        }
       }
     });
     std::sort(entries.begin(), entries.end(), [](const Entry& x, const Entry& y) {
@@ -87,7 +96,7 @@ class TruncatedRow {
         break;
       }
       limit_ = entry.z;
-      last_ = entry.v;
+      last_ = static_cast<int32_t>(entry.v);
       before += entry.weight;
     }
   }
@@ -97,31 +106,47 @@ class TruncatedRow {
     const float limit = static_cast<float>(highest_ + std::log(min_p));
     if (limit > limit_) {
       limit_ = limit;
-      last_ = n_;
+      last_ = static_cast<int32_t>(n_ - 1);
     }
   }
 
   Draw draw(uint64_t stream) const {
+    typedef double Doubles __attribute__((vector_size(2 * sizeof(Vec))));
+    uint64_t streams[kLanes];  // of neighbouring entries, as noise_bits reads them
+    for (int i = 0; i < kLanes; ++i) {
+      streams[i % 2 * (kLanes / 2) + i / 2] = stream + static_cast<uint64_t>(i) * kGolden;
+    }
     Draw drawn = {0, 0.0f};
     float best = -kInfinity, factor = kInfinity;  // factor = e^(highest - best)
-    double sum = 0.0;
-    each_weight([&](int64_t v, float weight) {
-      sum += weight;
-      const uint32_t bits = noise_bits(stream, v);
-      if (!(about_uniform(bits) > weight * factor)) {
-        const float perturbed = z_[v] + gumbel(bits);
-        if (perturbed > best) {
-          best = perturbed;
-          factor = std::exp(highest_ - below(best));
-          drawn.token = v;
+    Doubles sums = {};
+    each_vector([&](int64_t v, Vec x, IVec kept, Vec weight) {
+      sums += __builtin_convertvector(weight, Doubles);
+      const Bits bits = noise_bits(streams, v);
+      // Written so that inf * 0 may win.
+      const IVec may_win = kept & ~(about_uniform(bits) > weight * factor);
+      if (any(may_win)) {
+        for (int i = 0; i < kLanes; ++i) {
+          const float perturbed = may_win[i] ? x[i] + gumbel(bits[i]) : -kInfinity;
+          if (perturbed > best) {
+            best = perturbed;
+            factor = std::exp(highest_ - below(best));
+            drawn.token = v + i;
+          }
         }
       }
     });
+    double sum = 0.0;
+    for (int i = 0; i < kLanes; ++i) {
+      sum += sums[i];
+    }
     drawn.logprob = static_cast<float>(z_[drawn.token] - highest_ - std::log(sum));
     return drawn;
   }
 
  private:
+  static constexpr int kBins = 2048;
+  static constexpr float kPerUnit = 32.0f;  // bins per unit of logit, counted from the highest
+
   static float kth_largest(std::vector<float>& values, int64_t k) {
     const auto at = values.begin() + (k - 1);
     std::nth_element(values.begin(), at, values.end(), std::greater<float>());
@@ -141,20 +166,22 @@ class TruncatedRow {
     }
   }
 
-  // Every entry kept, in order, with e^(z - highest).
+  // How far below the highest, in bins.
+  Vec depth(Vec x) const { return (highest_ - x) * kPerUnit; }
+
+  // Every vector with an entry that is kept, in order: which ones are, and e^(z - highest) or 0.
   template <class Visit>
-  void each_weight(const Visit& visit) const {
-    float weight[kLanes];
+  void each_vector(const Visit& visit) const {
+    IVec lane;
+    for (int i = 0; i < kLanes; ++i) {
+      lane[i] = i;
+    }
     for (int64_t v = 0; v < padded_; v += kLanes) {
       const Vec x = load(z_ + v);
-      if (!any(x >= splat(limit_))) {
-        continue;
-      }
-      store(weight, exp(x - highest_));
-      for (int64_t u = v; u < std::min(v + kLanes, n_); ++u) {
-        if (z_[u] > limit_ || (z_[u] == limit_ && u <= last_)) {
-          visit(u, weight[u - v]);
-        }
+      const IVec before_last = lane + static_cast<int32_t>(v) <= last_;
+      const IVec kept = (x > limit_) | ((x == limit_) & before_last);
+      if (any(kept)) {
+        visit(v, x, kept, select(kept, exp(x - highest_), Vec{}));
       }
     }
   }
@@ -164,7 +191,7 @@ class TruncatedRow {
   const float highest_;
   // What is kept: entries above the limit, and those at it up to the last.
   float limit_ = -kInfinity;
-  int64_t last_;
+  int32_t last_;
 };
 
 }  // namespace
