@@ -16,9 +16,6 @@
 #include <algorithm>
 
 #include "simd.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace fastrl {
 namespace FASTRL_ISA {
@@ -30,16 +27,6 @@ constexpr int kPanel = kVectors * kLanes;
 constexpr int kRows = 6;
 constexpr int kBlock = 48;   // rows of A taken together; a multiple of 2 kRows
 constexpr int kDepth = 256;  // elements of depth summed from zero
-
-inline Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
 
 // One element of A or B as it is stored: a float, or a pair of bf16 as 32 bits.
 struct Floats {

@@ -210,9 +210,10 @@ class Backward {
       for (int j = 0; j < vectors; ++j) {
         const int at = j * kLanes;
         const Vec x = load(z + r * kPanel + at), scale = load(u.inv_temperature + at);
-        const Vec logp = at_least(x * scale - load(u.lse + at), splat(kLowest));
+        const Vec logp = at_least(fma(x, scale, -load(u.lse + at)), splat(kLowest));
+        const Vec p = select(logp > splat(kLowest), exp_below(logp), logp * 0.0f);
         const Vec spread = load(u.of_spread + at) * (logp + load(u.entropy + at));
-        Vec g = exp(logp) * (load(u.of_p + at) - spread) * scale * a_.logit_scale;
+        Vec g = p * (load(u.of_p + at) - spread) * scale * a_.logit_scale;
         if (a_.softcap > 0.0f) {
           g = g * (1.0f - (x / a_.softcap) * (x / a_.softcap));
         }

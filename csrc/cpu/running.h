@@ -11,8 +11,8 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kChunks = 64;     // of the vocabulary
-constexpr float kLowest = -200.0f;  // exp is 0 there, and 0 times it is not NaN
+constexpr int64_t kChunks = 64;    // of the vocabulary
+constexpr float kLowest = -86.0f;  // where exp_below ends
 
 // Vocabulary rows of a chunk: they depend on V alone, and so does what is summed with what.
 inline int64_t chunk_rows(int64_t vocab) { return round_up(ceil_div(vocab, kChunks), kBlock); }
@@ -29,21 +29,23 @@ inline void fold(const float* z, int n, int vectors, const float* inv_temperatur
     const Vec scale = load(inv_temperature + at);
     Vec highest = splat(-FLT_MAX);
     for (int r = 0; r < n; ++r) {
-      highest = at_least(load(z + r * kPanel + at) * scale, highest);
+      highest = at_least(load(z + r * kPanel + at), highest);
     }
+    // A block of -inf must not scale to a maximum of -inf.
+    highest = at_least(highest * scale, splat(-FLT_MAX));
     Vec sum = {}, weighted = {};
     if (!first) {
       const Vec before = load(to.max + at);
       highest = at_least(before, highest);
-      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp(down);
+      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp_below(down);
       sum = load(to.sum + at) * factor;
       weighted = (load(to.weighted + at) + down * load(to.sum + at)) * factor;
     }
     for (int r = 0; r < n; ++r) {
-      const Vec x = at_least(load(z + r * kPanel + at) * scale - highest, splat(kLowest));
-      const Vec e = exp(x);
+      const Vec x = at_least(fma(load(z + r * kPanel + at), scale, -highest), splat(kLowest));
+      const Vec e = exp_below(x);
       sum += e;
-      weighted += x * e;
+      weighted = fma(x, e, weighted);
     }
     store(to.max + at, highest);
     store(to.sum + at, sum);

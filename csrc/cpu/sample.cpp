@@ -199,8 +199,8 @@ class Sampler {
       drawn.logprob = args_.greedy ? 0.0f : z - all.max - all.log_sum;
     } else {
       float* logits = kept_.get() + t * stride_;
-      drawn = std::isfinite(all.max + all.log_sum) ? cut_and_draw(logits, all.max, t)
-                                                   : highest_of(logits);
+      const bool proper = std::fabs(all.max) < FLT_MAX && std::isfinite(all.log_sum);
+      drawn = proper ? cut_and_draw(logits, all.max, t) : highest_of(logits);
       z = logits[drawn.token];
     }
     args_.token[row] = drawn.token;
