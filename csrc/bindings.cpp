@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/logprob.h"
+#include "cpu/sample.h"
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
 #include "cuda/error.h"
@@ -18,6 +19,7 @@ using fastrl::LinearArgs;
 using fastrl::LogprobBackwardArgs;
 using fastrl::LogprobForwardArgs;
 using fastrl::ReturnsArgs;
+using fastrl::SampleArgs;
 using fastrl::Segments;
 using fastrl::VtraceArgs;
 
@@ -63,8 +65,12 @@ void vtrace_cpu(const VtraceArgs& args, int threads) { FASTRL_DISPATCH(vtrace, a
 void linear_logprob_fwd_cpu(const LogprobForwardArgs& args, int threads) {
   FASTRL_DISPATCH(linear_logprob_fwd, args, threads)
 }
-void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args,
-                            int threads){FASTRL_DISPATCH(linear_logprob_bwd, args, threads)}
+void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args, int threads) {
+  FASTRL_DISPATCH(linear_logprob_bwd, args, threads)
+}
+
+void linear_sample_cpu(const SampleArgs& args,
+                       int threads){FASTRL_DISPATCH(linear_sample, args, threads)}
 
 LinearArgs
     linear_args(int64_t rows, int64_t width, int64_t vocab, Address hidden, Float hidden_type,
@@ -88,6 +94,21 @@ LinearArgs
 LogprobForwardArgs forward_args(const LinearArgs& linear, Address logprob, Address lse,
                                 Address entropy) {
   return {linear, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
+}
+
+SampleArgs sample_args(const LinearArgs& linear, Address seeds, Address positions, bool greedy,
+                       int64_t top_k, double top_p, double min_p, Address token, Address logprob,
+                       Address untruncated) {
+  return {linear,
+          pointer<const int64_t>(seeds),
+          pointer<const int64_t>(positions),
+          greedy,
+          top_k,
+          top_p,
+          min_p,
+          pointer<int64_t>(token),
+          pointer<float>(logprob),
+          pointer<float>(untruncated)};
 }
 
 LogprobBackwardArgs backward_args(const LinearArgs& linear, Address lse, Address entropy,
@@ -154,9 +175,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LinearArgs>(m, "linear_args").def(py::init(&linear_args));
   py::class_<LogprobForwardArgs>(m, "linear_logprob_fwd_args").def(py::init(&forward_args));
   py::class_<LogprobBackwardArgs>(m, "linear_logprob_bwd_args").def(py::init(&backward_args));
+  py::class_<SampleArgs>(m, "linear_sample_args").def(py::init(&sample_args));
 
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
   m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());
+  m.def("linear_sample_cpu", &linear_sample_cpu, release());
   m.def("gae_cpu", &gae_cpu, release());
   m.def("discounted_returns_cpu", &returns_cpu, release());
   m.def("vtrace_cpu", &vtrace_cpu, release());

@@ -15,59 +15,20 @@
 // grad_hidden += G^T weight grows. Nothing of size [N, V] or, beyond the gradients, [V, H] exists.
 #include "logprob.h"
 
-#include <cfloat>
-#include <cmath>
-
-#include "linear.h"
+#include "running.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kChunks = 64;         // of the vocabulary, in the forward
 constexpr int64_t kBackwardRows = 768;  // of the vocabulary, taken together in the backward
-
-// Running maximum and, relative to it, sum of exponentials and of z times them; a lane per token.
-struct Running {
-  float max[kPanel], sum[kPanel], weighted[kPanel];
-};
-
-void fold(const float* z, int n, int vectors, const float* inv_temperature, bool first,
-          Running& to) {
-  for (int j = 0; j < vectors; ++j) {
-    const int at = j * kLanes;
-    const Vec scale = load(inv_temperature + at);
-    Vec highest = splat(-FLT_MAX);
-    for (int r = 0; r < n; ++r) {
-      highest = at_least(load(z + r * kPanel + at), highest);
-    }
-    highest = highest * scale;
-    Vec sum = {}, weighted = {};
-    if (!first) {
-      const Vec before = load(to.max + at);
-      highest = at_least(before, highest);
-      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp_from_lowest(down);
-      sum = load(to.sum + at) * factor;
-      weighted = (load(to.weighted + at) + down * load(to.sum + at)) * factor;
-    }
-    for (int r = 0; r < n; ++r) {
-      const Vec x = at_least(fma(load(z + r * kPanel + at), scale, -highest), splat(kLowest));
-      const Vec e = exp_from_lowest(x);
-      sum += e;
-      weighted = fma(x, e, weighted);
-    }
-    store(to.max + at, highest);
-    store(to.sum + at, sum);
-    store(to.weighted + at, weighted);
-  }
-}
 
 template <class Kind>
 void forward(const LogprobForwardArgs& args, int threads) {
   const LinearArgs& a = args.linear;
   const int64_t capacity = tokens_at_once(a);
-  const int64_t chunk = round_up(ceil_div(a.vocab, kChunks), kBlock);
-  const int64_t chunks = ceil_div(a.vocab, chunk), panels = ceil_div(capacity, kPanel);
+  const int64_t chunk = chunk_rows(a.vocab), chunks = ceil_div(a.vocab, chunk);
+  const int64_t panels = ceil_div(capacity, kPanel);
   Tokens<Kind> tokens(a, capacity);
   Buffer<Running> running(chunks * panels);
   Buffer<float> at_target(panels * kPanel), inv_temperature(panels * kPanel);
@@ -102,21 +63,11 @@ void forward(const LogprobForwardArgs& args, int threads) {
     });
     parallel_for(tokens.panels(), threads, [&](int64_t p) {
       for (int64_t i = 0; i < tokens.in_panel(p); ++i) {
-        float highest = -FLT_MAX, sum = 0.0f, weighted = 0.0f;
-        for (int64_t c = 0; c < chunks; ++c) {
-          highest = std::max(highest, running[c * panels + p].max[i]);
-        }
-        for (int64_t c = 0; c < chunks; ++c) {
-          const Running& part = running[c * panels + p];
-          const float down = std::max(part.max[i] - highest, kLowest), factor = std::exp(down);
-          sum += part.sum[i] * factor;
-          weighted += (part.weighted[i] + down * part.sum[i]) * factor;
-        }
+        const Merged all = merge(running.get() + p, chunks, panels, i);
         const int64_t t = p * kPanel + i;
-        const float log_sum = std::log(sum);
-        args.lse[first + t] = highest + log_sum;
-        args.logprob[first + t] = at_target[t] - highest - log_sum;
-        args.entropy[first + t] = log_sum - weighted / sum;
+        args.lse[first + t] = all.max + all.log_sum;
+        args.logprob[first + t] = at_target[t] - all.max - all.log_sum;
+        args.entropy[first + t] = all.log_sum - all.weighted / all.sum;
       }
     });
   }

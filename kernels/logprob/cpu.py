@@ -1,21 +1,22 @@
-"""linear_logprob on a CPU: what csrc/cpu/logprob.cpp is called with."""
+"""The ops of the lm-head on a CPU: what csrc/cpu/logprob.cpp and sample.cpp are called with."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastrl.kernels.logprob.draws import Draws
 from fastrl.kernels.logprob.library import FLOATS, Problem, Upstream
 from fastrl.kernels.native import module, pointer, threads
 
 
 class _Rows(NamedTuple):
-    """The rows that are not ignored, as the kernels read them; it keeps their tensors alive."""
+    """The rows to compute, as the kernels read them; it keeps their tensors alive."""
 
-    index: Tensor
+    index: Tensor  # of the rows that are not ignored
     hidden: Tensor
     weight: Tensor
-    target: Tensor
+    target: Tensor | None
     bias: Tensor | None
     inv_temperature: Tensor
     softcap: float
@@ -58,13 +59,21 @@ def _kept_rows(p: Problem) -> _Rows:
     return _Rows(
         index,
         hidden.contiguous() if len(index) == len(hidden) else hidden[index],
-        p.weight if p.weight.stride(1) == 1 else p.weight.contiguous(),
+        _readable(p.weight),
         flat,
-        None if p.bias is None else p.bias.float().contiguous(),
+        _readable_bias(p.bias),
         inverse.contiguous(),
         p.softcap,
         p.logit_scale,
     )
+
+
+def _readable(weight: Tensor) -> Tensor:
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def _readable_bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
 
 
 def _scatter(values: Tensor, index: Tensor, rows: torch.Size) -> Tensor:
@@ -108,3 +117,33 @@ def backward(
         grad_weight,
         None if grad_bias is None or p.bias is None else grad_bias.to(p.bias.dtype),
     )
+
+
+def sample(d: Draws) -> tuple[Tensor, ...]:
+    count = len(d.hidden)
+    rows = _Rows(
+        torch.arange(count),
+        d.hidden.contiguous(),
+        _readable(d.weight),
+        None,
+        _readable_bias(d.bias),
+        torch.full((count,), 1 / (d.temperature or 1.0)),
+        d.softcap,
+        d.logit_scale,
+    )
+    seeds, positions = d.seeds.contiguous(), d.positions.contiguous()
+    token, logprob, untruncated = torch.empty_like(seeds), torch.empty(count), torch.empty(count)
+    if count:
+        c = module()
+        args = c.linear_sample_args(
+            rows.arguments(),
+            pointer(seeds),
+            pointer(positions),
+            d.temperature == 0,
+            d.top_k,
+            d.top_p,
+            d.min_p,
+            *map(pointer, (token, logprob, untruncated)),
+        )
+        c.linear_sample_cpu(args, threads())
+    return token, logprob, untruncated

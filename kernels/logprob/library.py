@@ -57,7 +57,8 @@ _library.define(
 )
 
 
-def _implementation(impl: str):
+def implementation(impl: str):
+    """The module of an implementation."""
     return importlib.import_module(f"fastrl.kernels.logprob.{MODULES[impl]}")
 
 
@@ -71,7 +72,7 @@ def _new_kept(p: Problem) -> Tensor:
 def _forward(*arguments):
     p = Problem(*arguments)
     kept = _new_kept(p)
-    return *_implementation(p.impl).forward(p, kept), kept
+    return *implementation(p.impl).forward(p, kept), kept
 
 
 def _fake_forward(*arguments):
@@ -88,7 +89,7 @@ def _split(arguments) -> tuple[Problem, Tensor, Upstream, list[bool]]:
 
 def _backward(*arguments):
     p, kept, upstream, needed = _split(arguments)
-    gradients = _implementation(p.impl).backward(p, kept, upstream, needed)
+    gradients = implementation(p.impl).backward(p, kept, upstream, needed)
     return tuple(p.hidden.new_empty(0) if g is None else g for g in gradients)
 
 

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from fastrl.kernels.logprob import library, reference
+from fastrl.kernels.logprob import draws, library, reference  # noqa: F401  draws defines an op
 from fastrl.kernels.logprob.reference import LogProbs, Samples
 from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
 HAS: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("cpu",),
-    "linear_sample": (),
+    "linear_sample": ("cpu",),
     "logprob_from_logits": (),
 }
 
@@ -145,7 +145,7 @@ def logprob_from_logits(
         )
 
 
-def _check_kernel(hidden: Tensor, weight: Tensor, temperature: float | Tensor) -> None:
+def _check_kernel(hidden: Tensor, weight: Tensor, temperature: float | Tensor = 1.0) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in library.FLOATS:
             raise ValueError(
@@ -184,8 +184,9 @@ def linear_sample(
     when greedy). Raises `ValueError` for shapes, dtypes or values that do not fit and for an
     unavailable `impl`.
     """
-    choose("linear_sample", impl, hidden.device, HAS["linear_sample"])
     _check_linear(hidden, weight, bias, softcap)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
     _check_target(seeds, hidden.shape[:-1], "seeds")
     _check_target(positions, hidden.shape[:-1], "positions")
     if temperature < 0:
@@ -196,7 +197,27 @@ def linear_sample(
         raise ValueError(f"top_p={top_p} must lie in (0, 1]")
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p} must lie in [0, 1]")
+    if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
+        impl = "reference"
+    chosen = choose("linear_sample", impl, hidden.device, HAS["linear_sample"])
     with torch.autocast(hidden.device.type, enabled=False):
+        if chosen != "reference":
+            _check_kernel(hidden, weight)
+            drawn = torch.ops.fastrl.linear_sample(
+                hidden,
+                weight,
+                seeds.long(),
+                positions.long(),
+                bias,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                softcap or 0.0,
+                logit_scale,
+                chosen,
+            )
+            return Samples(*drawn)
         return reference.linear_sample(
             hidden,
             weight,
