@@ -66,7 +66,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
-    workspace_mb: float = 0.0,
+    workspace_mb: float = 64.0,
     impl: str = "auto",
 ) -> LogProbs:
     """Log-probability of `target` under the lm-head's softmax, with its logsumexp and entropy.
@@ -78,12 +78,18 @@ def linear_logprob(
     hidden `[..., H]` and weight `[V, H]` are bf16, fp16, float32 or float64; target `[...]` is
     int64; bias `[V]`; temperature is a number or `[...]`. Returns `LogProbs` of `[...]` float32
     tensors in nats (float64 for float64 inputs), all differentiable; rows whose target is
-    `ignore_index` are 0. Raises `ValueError` for shapes, dtypes or values that do not fit and for
+    `ignore_index` are 0. From forward to backward the call holds at most `workspace_mb` (2**20
+    bytes): what is left of it beyond fixed buffers keeps the logits' exponentials, of which the
+    backward then needs three matrix products where it needs four, and, on a CPU, float32 sums of a
+    16-bit hidden's gradient, which otherwise costs a fifth product. It changes time, not results:
+    on a CPU not a bit. Raises `ValueError` for shapes, dtypes or values that do not fit and for
     an unavailable `impl`.
     """
     _check_linear(hidden, weight, bias, softcap)
     _check_target(target, hidden.shape[:-1], "target")
     _check_temperature(temperature, target.shape)
+    if not workspace_mb >= 0:
+        raise ValueError(f"workspace_mb={workspace_mb} must be 0 or more")
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
     chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"])
