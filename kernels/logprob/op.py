@@ -1,9 +1,10 @@
 """Log-probabilities and sampling: argument checks and the choice of implementation."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastrl.kernels.logprob import library, reference
+from fastrl.kernels.logprob import library, parallel, reference
 from fastrl.kernels.logprob.reference import LogProbs, Samples
 from fastrl.kernels.native import choose
 
@@ -68,6 +69,7 @@ def linear_logprob(
     entropy: bool = False,
     workspace_mb: float = 0.0,
     impl: str = "auto",
+    tp_group: "dist.ProcessGroup | None" = None,
 ) -> LogProbs:
     """Log-probability of `target` under the lm-head's softmax, with its logsumexp and entropy.
 
@@ -84,22 +86,27 @@ def linear_logprob(
     _check_linear(hidden, weight, bias, softcap)
     _check_target(target, hidden.shape[:-1], "target")
     _check_temperature(temperature, target.shape)
+    options = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+        "entropy": entropy,
+    }
+    parallel_options = options | {"workspace_mb": workspace_mb, "impl": impl}
+    if tp_group is not None:
+        return parallel.over_vocabulary(
+            linear_logprob, tp_group, hidden, weight, target, **parallel_options
+        )
+    if any(map(parallel.is_dtensor, (hidden, weight, target, bias))):
+        return parallel.sharded(linear_logprob, hidden, weight, target, **parallel_options)
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
     chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"])
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
-            return reference.linear_logprob(
-                hidden,
-                weight,
-                target.long(),
-                bias=bias,
-                temperature=temperature,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                ignore_index=ignore_index,
-                entropy=entropy,
-            )
+            return reference.linear_logprob(hidden, weight, target.long(), **options)
         _check_kernel(hidden, weight, temperature)
         each = temperature if isinstance(temperature, Tensor) else None
         differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -199,14 +206,14 @@ def linear_sample(
     with torch.autocast(hidden.device.type, enabled=False):
         return reference.linear_sample(
             hidden,
-            weight,
+            parallel.whole("weight", weight),
             seeds=seeds.long(),
             positions=positions.long(),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
-            bias=bias,
+            bias=parallel.whole("bias", bias),
             softcap=softcap,
             logit_scale=logit_scale,
         )
