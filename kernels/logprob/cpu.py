@@ -72,7 +72,8 @@ def _scatter(values: Tensor, index: Tensor, rows: torch.Size) -> Tensor:
     if len(index) < rows.numel():
         whole = values.new_zeros(rows.numel(), *values.shape[1:])
         values = whole.index_copy_(0, index, values)
-    return values.view(*rows, *values.shape[1:])
+    # Not a view of `values`, which nobody else holds: FSDP2 warns of outputs that are views.
+    return torch.ops.aten._unsafe_view(values, [*rows, *values.shape[1:]])
 
 
 def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:

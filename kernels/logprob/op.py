@@ -82,10 +82,20 @@ def linear_logprob(
     tensors in nats (float64 for float64 inputs), all differentiable; rows whose target is
     `ignore_index` are 0. Raises `ValueError` for shapes, dtypes or values that do not fit and for
     an unavailable `impl`.
+
+    With `tp_group` each of its ranks gives its slice of weight `[V_r, H]` and bias, in the order of
+    the ranks and of any sizes, and the same hidden and target, which counts in the whole
+    vocabulary. All ranks get the same bits. Each must call backward with the same upstream
+    gradient; the gradients are those of one copy of the loss: of weight and bias the slice's, of
+    hidden the whole, summed over the ranks as after a column-parallel linear, so sum it no further.
+    Raises `ValueError` on every rank where they disagree; in a compiled graph nobody looks.
+
+    A DTensor weight or bias, split by rows or replicated over one mesh dimension, as FSDP2 leaves
+    them outside a module's forward, is gathered for the forward and again for the backward, and
+    only the shard is kept in between (the reference keeps what it widens to float32). Each rank
+    has its own hidden and target; the gradient is the mean over the ranks, as FSDP2's, placed like
+    the weight. To gather and compute in bf16 what is kept in float32, pass `weight.bfloat16()`.
     """
-    _check_linear(hidden, weight, bias, softcap)
-    _check_target(target, hidden.shape[:-1], "target")
-    _check_temperature(temperature, target.shape)
     options = {
         "bias": bias,
         "temperature": temperature,
@@ -95,12 +105,15 @@ def linear_logprob(
         "entropy": entropy,
     }
     parallel_options = options | {"workspace_mb": workspace_mb, "impl": impl}
+    if tp_group is None and any(map(parallel.is_dtensor, (hidden, weight, target, bias))):
+        return parallel.sharded(linear_logprob, hidden, weight, target, **parallel_options)
+    _check_linear(hidden, weight, bias, softcap)
+    _check_target(target, hidden.shape[:-1], "target")
+    _check_temperature(temperature, target.shape)
     if tp_group is not None:
         return parallel.over_vocabulary(
             linear_logprob, tp_group, hidden, weight, target, **parallel_options
         )
-    if any(map(parallel.is_dtensor, (hidden, weight, target, bias))):
-        return parallel.sharded(linear_logprob, hidden, weight, target, **parallel_options)
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
     chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"])
@@ -188,8 +201,8 @@ def linear_sample(
     temperature 0 is greedy. hidden `[M, H]`, weight `[V, H]`; seeds and positions `[M]` int64.
     Returns `Samples`: token `[M]` int64; logprob `[M]` float32 under the distribution sampled from
     (0 when greedy); untruncated_logprob `[M]` float32 under the untruncated one (at temperature 1
-    when greedy). Raises `ValueError` for shapes, dtypes or values that do not fit and for an
-    unavailable `impl`.
+    when greedy). A DTensor weight or bias, as of linear_logprob, is gathered for the call. Raises
+    `ValueError` for shapes, dtypes or values that do not fit and for an unavailable `impl`.
     """
     choose("linear_sample", impl, hidden.device, HAS["linear_sample"])
     _check_linear(hidden, weight, bias, softcap)

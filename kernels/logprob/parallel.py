@@ -1,7 +1,7 @@
 """linear_logprob on several processes: slices of the vocabulary, and weights sharded as DTensors.
 
-Vocabulary-parallel: rank r runs the op on its slice and learns lse_r, entropy_r and, where the slice
-holds the target, logprob_r. With w_r = exp(lse_r - lse), the slice's share of the probability,
+Slices: rank r runs the op on its own and learns lse_r, entropy_r and, where it holds the target,
+logprob_r. With w_r = exp(lse_r - lse), the slice's share of the probability,
 
     lse = log sum_r exp lse_r      entropy = sum_r w_r (entropy_r - log w_r)
     logprob = logprob_r + log w_r  of the rank r that holds the target
@@ -9,7 +9,7 @@ holds the target, logprob_r. With w_r = exp(lse_r - lse), the slice's share of t
 which takes no difference of large numbers but log w_r. All ranks gather the same statistics and
 merge them in the order of the ranks, so all hold the same bits.
 
-Sharded: the weight is gathered for the forward, dropped, and gathered again for the backward.
+Shards: the weight is gathered for the forward, dropped, and gathered again for the backward.
 """
 
 from collections.abc import Callable
@@ -99,15 +99,12 @@ class _Merge(torch.autograd.Function):
 
 def _check_group(group: Any) -> None:
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(
-            f"tp_group={group} needs torch.distributed; call init_process_group first"
-        )
+        raise ValueError(f"tp_group={group} needs torch.distributed; call init_process_group first")
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
-            f"tp_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
+            "tp_group must be a torch.distributed.ProcessGroup that holds this process, got "
+            f"{group!r}"
         )
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"tp_group={group} does not hold this process, rank {dist.get_rank()}")
 
 
 def _ends(
@@ -160,7 +157,10 @@ def over_vocabulary(
     entropy: bool,
     **options: Any,
 ) -> LogProbs:
-    """`local`, which is linear_logprob, with a slice `weight` `[V_r, H]` on each rank of `group`."""
+    """`local`, which is linear_logprob, with a slice of `weight` on each rank of `group`.
+
+    A row whose logits are all -inf in one slice has NaN gradients, as `local` alone gives it.
+    """
     _check_group(group)
     for name, x in (("hidden", hidden), ("weight", weight), ("target", target)):
         if is_dtensor(x):
@@ -188,6 +188,7 @@ def over_vocabulary(
 
 
 def is_dtensor(x: Any) -> bool:
+    """Whether `x` is a torch DTensor."""
     return dist.is_available() and isinstance(x, DTensor)
 
 
