@@ -26,8 +26,6 @@ inline Vec tanh(Vec x) {
   return select((x < splat(0.625f)) & (x > splat(-0.625f)), near, far);
 }
 
-inline Vec at_least(Vec x, Vec limit) { return select(x < limit, limit, x); }
-
 // The tokens [first, first + count) of a problem, packed for products with rows of the weight.
 template <class Kind>
 class Tokens {
@@ -78,6 +76,9 @@ class Tokens {
   void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
     const int vectors = this->vectors(p);
     multiply<Kind>(rows, n, steps_, packed_.get() + p * kPanel * steps_, vectors, z);
+    if (!a_.bias && a_.logit_scale == 1.0f && a_.softcap <= 0.0f) {
+      return;
+    }
     for (int r = 0; r < n; ++r) {
       const float bias = a_.bias ? a_.bias[v0 + r] : 0.0f;
       for (int j = 0; j < vectors; ++j) {
