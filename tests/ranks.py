@@ -35,11 +35,12 @@ class Ranks:
     """Started when first needed, and anew after a failure, which may leave them out of step."""
 
     def __init__(self):
-        self.processes, self.pipes = [], []
+        self.processes, self.pipes, self.folder = [], [], None
 
     def start(self):
         context = multiprocessing.get_context("spawn")
-        rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
+        self.folder = tempfile.TemporaryDirectory()
+        rendezvous = Path(self.folder.name) / "rendezvous"
         for rank in range(2):
             mine, theirs = context.Pipe()
             process = context.Process(target=_rank, args=(rank, rendezvous, theirs), daemon=True)
@@ -68,4 +69,6 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        if self.folder is not None:
+            self.folder.cleanup()
         self.__init__()

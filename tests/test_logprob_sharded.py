@@ -138,7 +138,7 @@ def test_sampling_with_a_sharded_weight(ranks):
     ranks.run(_sampling)
 
 
-def _fsdp_model(rank, tied, wrapped):
+def _fsdp_model(rank, tied, wrapped, reshard):
     """Log-probs and gradients of a model under FSDP2 against those from its own logits."""
     from torch.distributed.fsdp import fully_shard
 
@@ -163,7 +163,7 @@ def _fsdp_model(rank, tied, wrapped):
             seed=0,
         ).eval()
         for part in (*(f"model.layers.{i}" for i in range(2)), *wrapped):
-            fully_shard(model.get_submodule(part))
+            fully_shard(model.get_submodule(part), reshard_after_forward=reshard)
         return model
 
     model, want = build(), torch.zeros(2, 4)
@@ -187,14 +187,11 @@ def _fsdp_model(rank, tied, wrapped):
     return type(model.lm_head.weight).__name__
 
 
+@pytest.mark.parametrize("reshard", [None, True])
 @pytest.mark.parametrize(
     ("tied", "wrapped"),
-    [
-        (False, ["lm_head", ""]),
-        (False, ["lm_head", "model"]),
-        (False, [""]),
-        (True, [""]),
-    ],
+    [(False, ["lm_head", ""]), (False, ["lm_head", "model"]), (False, [""]), (True, [""])],
 )
-def test_models_under_fsdp2(ranks, tied, wrapped):
-    assert ranks.run(_fsdp_model, tied, wrapped) == ["DTensor"] * 2
+def test_models_under_fsdp2(ranks, tied, wrapped, reshard):
+    """The head in a group of its own, the backbone too, or what is no layer in the model's own."""
+    assert ranks.run(_fsdp_model, tied, wrapped, reshard) == ["DTensor"] * 2

@@ -113,30 +113,30 @@ def _ends(
     """Where each rank's slice ends, `[ranks]`, once all have been found to be called alike.
 
     Every rank raises what any rank has to: one that raised alone would leave the others waiting.
+    On a GPU the host waits for these eight integers.
     """
-    bounds = pad(torch.where(keep, target, 0).reshape(-1), (0, 1)).aminmax()
     said = {
         "the rows of hidden": hidden.shape[:-1].numel(),
         "hidden's H": hidden.shape[-1],
         "the bytes of hidden's dtype": hidden.element_size(),
         "whether hidden requires a gradient": int(hidden.requires_grad),
         "entropy": int(entropy),
-        "the lowest target": bounds.min,
-        "the highest target": bounds.max,
         "weight's V": weight.shape[0],
     }
-    mine = torch.stack([torch.as_tensor(x, device=hidden.device) for x in said.values()])
-    ranks = torch.stack(_gather(mine, group))
+    bounds = pad(torch.where(keep, target, 0).reshape(-1), (0, 1)).aminmax()
+    known = torch.tensor(list(said.values()), device=target.device)
+    ranks = torch.stack(_gather(torch.cat([torch.stack(bounds), known]), group))
     ends = ranks[:, -1].cumsum(0)
     if torch.compiler.is_compiling():
         return ends  # the checks read values, which a compiled graph does not have
-    *alike, (_, sizes) = zip(said, ranks.T.tolist(), strict=True)
+    names = ("the lowest target", "the highest target", *said)
+    *alike, (_, sizes) = zip(names, ranks.T.tolist(), strict=True)
     for name, values in alike:
         if len(set(values)) > 1:
             raise ValueError(f"{name} must be the same on all ranks of tp_group, got {values}")
     if min(sizes) == 0:
         raise ValueError(f"each rank of tp_group must hold entries of weight, got V={sizes}")
-    low, high = alike[-2][1][0], alike[-1][1][0]
+    low, high = alike[0][1][0], alike[1][1][0]
     if low < 0 or high >= sum(sizes):
         raise ValueError(
             f"target must lie in [0, V={sum(sizes)}), the sum over tp_group's ranks, or be "
