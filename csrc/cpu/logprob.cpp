@@ -22,7 +22,7 @@ namespace {
 template <class Kind>
 void forward(const LogprobForwardArgs& args, int threads) {
   const LinearArgs& a = args.linear;
-  const int64_t capacity = tokens_at_once(a);
+  const int64_t capacity = tokens_at_once<Kind>(a);
   const int64_t chunk = chunk_rows(a.vocab), chunks = ceil_div(a.vocab, chunk);
   const int64_t panels = ceil_div(capacity, kPanel);
   const Plan plan = make_plan<Kind>(a, args.workspace);
