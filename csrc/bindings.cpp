@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/logprob.h"
+#include "cpu/pool.h"
 #include "cpu/sample.h"
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
@@ -142,6 +143,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("build_info", &build_info);
   m.def("isa", [] { return fastrl::isa_name(fastrl::isa()); });
+  m.def("borrows_threads", &fastrl::borrows_threads);
   m.def("cpu_isas", [] { return names(fastrl::supported_isas()); });
 
   py::class_<Segments>(m, "Segments").def(py::init(&segments));
