@@ -1,167 +1,340 @@
-"""linear_logprob against eager PyTorch, torch.compile and the fused losses of others.
+"""linear_logprob on a CPU against eager PyTorch, torch.compile and the fused losses of others.
 
-python -m pytest bench/bench_logprob.py      pytest-benchmark's table, one case at a time
-python bench/bench_logprob.py [--json FILE]  variants interleaved round by round, ratios printed
+python -m pytest bench/bench_logprob.py       pytest-benchmark's table, one small shape
+python bench/bench_logprob.py --grid issue    checked, timed in turns, memory measured, as JSON
+python bench/bench_logprob.py --help          grids, and how to bound what is run
 
-Forward and backward with the gradient of a sum over tokens. The arithmetic floor is 2 N H V
-operations forward and 8 N H V in all (the backward computes the logits again).
+Every point runs in processes of its own (point.py). A variant is timed only after its results agree
+with float64 (accuracy.py). The gradient is that of the sum of the log-probs, and entropies.
 """
 
 import argparse
+import itertools
 import json
-import platform
-import statistics
+import os
+import queue
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
+import peak
 import pytest
-import torch
-import torch.nn.functional as F
+from baselines import NO_ENTROPY, OURS, VARIANTS, bytes_needed, missing
 
-from fastrl.kernels import linear_logprob, native
+HERE = Path(__file__).parent
+TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
+WIDTHS = (896, 2048, 4096)
+VOCABS = (32000, 128256, 151936, 256000)
+BOTH_DTYPES = ("bfloat16", "float32")
 
-# Tokens, width, vocabulary, dtype.
-SHAPES = [
-    (16, 896, 151936, "bfloat16"),
-    (2048, 896, 151936, "bfloat16"),
-    (1024, 896, 151936, "float32"),
-    (2048, 2048, 32000, "bfloat16"),
-    (512, 128, 17, "float32"),
-]
+# Shapes (tokens, width, vocab), and the defaults of --dtype, --entropy and --ignored.
+GRIDS = {
+    "small": ([(1, 896, 32000), (16, 896, 32000), (256, 896, 32000)], BOTH_DTYPES, "both", (0, 50)),
+    "issue": ([(2048, 896, 151936), (16, 896, 151936)], BOTH_DTYPES, "no", (0, 50)),
+    "full": (list(itertools.product(TOKENS, WIDTHS, VOCABS)), BOTH_DTYPES, "both", (0, 50, 90)),
+    "peers": (
+        [(252, 128, 507), (1530, 2048, 32256), (2169, 896, 151936), (1937, 3584, 152064)],
+        BOTH_DTYPES,
+        "no",
+        (0,),
+    ),
+}
 
-
-def ours(hidden, weight, target):
-    return linear_logprob(hidden, weight, target, impl="cpu").logprob
-
-
-def eager(hidden, weight, target):
-    logits = F.linear(hidden, weight).float()
-    return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-
-
-def torch_linear_cross_entropy(hidden, weight, target):
-    return -F.linear_cross_entropy(hidden, weight, target, reduction="sum").unsqueeze(0)
-
-
-def cce(hidden, weight, target):
-    from cut_cross_entropy import linear_cross_entropy
-
-    return -linear_cross_entropy(hidden, weight, target, reduction="none", impl="torch_compile")
+# What holds PyTorch to the instruction set that ours is held to; read when it is imported.
+CAPPED = {
+    "generic": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "amx": {},
+}
+MKL = {"avx2": "AVX2", "avx512": "AVX512", "avx512_bf16": "AVX512"}
 
 
-def trl_chunked(hidden, weight, target):
-    from trl.kernels import ChunkedLogProbFunction
-
-    return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 8192, None, 1.0, ())[0]
-
-
-def variants():
-    """Name to function; only what is installed here."""
-    found = {"eager": eager, "compile": torch.compile(eager)}
-    if native.unavailable("cpu", torch.device("cpu")) is None:
-        found = {"ours": ours, **found}
-    if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = torch_linear_cross_entropy
-    for name, package, function in (("cce", "cut_cross_entropy", cce), ("trl", "trl", trl_chunked)):
-        try:
-            __import__(package)
-            found[name] = function
-        except ImportError:
-            print(f"{name} is not installed: pip install 'fastrl[bench]'")
-    return found
+def environment(isa: str | None, threads: int) -> dict[str, str]:
+    """What a point's process gets besides this one's environment."""
+    chosen = {"OMP_NUM_THREADS": str(threads)}
+    if isa is not None:
+        chosen |= {"FASTRL_ISA": isa} | CAPPED[isa]
+        chosen |= {"MKL_ENABLE_INSTRUCTIONS": MKL[isa]} if isa in MKL else {}
+    return chosen
 
 
-def draw(n, h, v, dtype):
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, h, generator=g).to(getattr(torch, dtype)).requires_grad_()
-    weight = (torch.randn(v, h, generator=g) / h**0.5).to(hidden.dtype).requires_grad_()
-    return hidden, weight, torch.randint(v, (n,), generator=g)
+class Stopped(Exception):
+    """A point's process ended early; what it says why."""
 
 
-def check(name, function, hidden, weight, target):
-    """The gate before any timing: a wrong kernel has no speed."""
-    with torch.no_grad():
-        few = slice(0, 4)
-        want = linear_logprob(hidden[few].double(), weight.double(), target[few]).logprob
-        got = function(hidden[few], weight, target[few]).double()
-    limit = 1e-4 if hidden.dtype == torch.float32 else 0.1
-    error = (got.sum() - want.sum()).abs().item()
-    assert error < limit, f"{name} is off by {error}"
+def events(task: dict, env: dict, silence: float):
+    """The events of a point's process; Stopped if it fails or is silent for too long."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "point.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | env,
+        text=True,
+    )
+    lines: queue.Queue = queue.Queue()
+    errors: list[str] = []
+    readers = [
+        threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)]),
+        threading.Thread(target=lambda: errors.extend(process.stderr)),
+    ]
+    try:
+        for reader in readers:
+            reader.start()
+        process.stdin.write(json.dumps(task))
+        process.stdin.close()
+        while (line := lines.get(timeout=silence)) is not None:
+            yield json.loads(line)
+        process.wait()
+        readers[1].join()
+        if process.returncode < 0:
+            raise Stopped(f"killed by signal {-process.returncode}; too little memory?")
+        if process.returncode:
+            raise Stopped(errors[-1].strip()[:200] if errors else f"exit {process.returncode}")
+    except queue.Empty:
+        raise Stopped(f"took more than {silence:.0f} s") from None
+    finally:
+        process.kill()
+        process.wait()
+        for reader in readers:
+            reader.join()
 
 
-def once(function, hidden, weight, target):
-    """Seconds of the forward and of the backward."""
-    start = time.perf_counter()
-    out = function(hidden, weight, target)
-    middle = time.perf_counter()
-    torch.autograd.grad(out.sum(), (hidden, weight))
-    return middle - start, time.perf_counter() - middle
+def fitting(point: dict, variants: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The variants that the free memory is enough for, and why not the others."""
+    import measure
+
+    itemsize, free = 4 if point["dtype"] == "float32" else 2, measure.available()
+    fit, not_fit = [], {}
+    for name in variants:
+        need = bytes_needed(name, *point["shape"], itemsize, True, point["entropy"])
+        if need < 0.9 * free:
+            fit.append(name)
+        else:
+            not_fit[name] = f"needs about {need / 2**30:.0f} GB, {free / 2**30:.0f} GB are free"
+    return fit, not_fit
 
 
-@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[-1:], ids=str)
-@pytest.mark.parametrize("name", variants())
-def test_linear_logprob(benchmark, name, shape):
-    inputs = draw(*shape)
-    check(name, variants()[name], *inputs)
-    benchmark.pedantic(once, args=(variants()[name], *inputs), rounds=3, warmup_rounds=1)
-
-
-def compare(shape, rounds):
-    """Medians of forward and of both, each variant in turn in every round."""
-    inputs = draw(*shape)
-    functions = variants()
-    failed = {}
-    for name, function in list(functions.items()):
-        try:
-            check(name, function, *inputs)
-            once(function, *inputs)
-        except Exception as error:  # a peer that cannot do this shape is reported, not hidden
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-            del functions[name]
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(once(function, *inputs))
-    medians = {
-        name: {
-            "forward": statistics.median(f for f, _ in t),
-            "both": statistics.median(f + b for f, b in t),
-        }
-        for name, t in times.items()
+def run_point(point: dict, variants: list[str], options, env: dict) -> dict:
+    """Errors, times and extra memory of each variant, and why some are missing."""
+    variants, skipped = fitting(point, variants)
+    found = {name: {"skipped": why} for name, why in skipped.items()}
+    task = point | {
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "workspace_mb": options.workspace_mb,
+        "seconds": options.point_seconds,
     }
-    return medians, failed
+    result = {**point, "variants": found}
+    left = list(variants)
+    while left:
+        started = None
+        try:
+            # A variant that hangs or is killed is left out, and the others start again.
+            for event in events(task | {"what": "time", "variants": left}, env, task["seconds"]):
+                if "reference" in event:
+                    result["reference"], result["truth"] = event["reference"], event["own"]
+                elif "started" in event:
+                    started = event["started"]
+                elif "variant" in event:
+                    found[event.pop("variant")] = event
+                elif "times" in event:
+                    for name, times in event["times"].items():
+                        found.setdefault(name, {})[event["mode"]] = times
+            break
+        except Stopped as why:
+            if started is None:
+                result["failed"] = str(why)
+                return result
+            found[started] = {"failed": str(why)}
+            left.remove(started)
+    for name in variants:
+        if options.memory and "failed" not in found[name]:
+            try:
+                memory = task | {"what": "memory", "variants": [name]}
+                for event in events(memory, env, task["seconds"]):
+                    found[name]["extra_mb"] = event["extra_mb"]
+            except Stopped as why:
+                found[name]["memory_failed"] = str(why)
+    return result
+
+
+def floors(point: dict, report: dict) -> dict[str, tuple[float, float]]:
+    """Seconds of the floor, and of our operations at the peak, forward and both."""
+    tokens, width, vocab = point["shape"]
+    counted = max(1, tokens - round(tokens * point["ignored"])) if tokens > 1 else 1
+    share = min(1.0, report["workspace_mb"] * 2**20 / (2.25 * counted * vocab))
+    where = (report["peaks"], report["isa"], report["threads"])
+    rate = peak.flops(*where, point["dtype"])
+    shape = (counted, width, vocab)
+    return {
+        mode: (
+            peak.floor(*where, shape, point["dtype"], mode == "both", share),
+            peak.operations(*shape, mode == "both", share) / rate,
+        )
+        for mode in ("forward", "both")
+    }
+
+
+def describe(point: dict) -> str:
+    n, h, v = point["shape"]
+    ignored = f", {point['ignored']:.0%} ignored" if point["ignored"] else ""
+    return f"N={n} H={h} V={v} {point['dtype']}{', entropy' if point['entropy'] else ''}{ignored}"
+
+
+def show(result: dict, report: dict):
+    """Prints a point."""
+    found = result["variants"]
+    base = found.get(OURS, {})
+    if "failed" in result:
+        print(f"  FAILED: {result['failed']}")
+    for name, of in found.items():
+        if "skipped" in of or "failed" in of:
+            print(f"  {name:22s} {'; '.join(of[k] for k in ('skipped', 'failed') if k in of)}")
+            continue
+        text = f"  {name:22s}"
+        for mode in ("forward", "both"):
+            if mode not in of:
+                continue
+            median = of[mode]["median"]
+            text += f" {mode} {median * 1e3:10.2f} ms"
+            if mode in base:
+                text += f" ({median / base[mode]['median']:5.2f}x)"
+            if "extra_mb" in of:
+                text += f" {of['extra_mb'][mode]:+7.0f} MB"
+        if "errors" in of:
+            text += f"  error {max(of['errors'].values()):.1e}"
+        if result["entropy"] and name in NO_ENTROPY:
+            text += "  (without entropy)"
+        print(text)
+    if "forward" in base and report["peaks"]:
+        for mode, (least, at_peak) in floors(result, report).items():
+            took = base[mode]["median"]
+            print(
+                f"  {OURS} {mode}: {at_peak / took:.0%} of the peak, {took / least:.2f} times the "
+                f"floor of {least * 1e3:.2f} ms"
+            )
+    everything = found.get(f"{OURS}, none ignored", {})
+    for mode in ("forward", "both"):
+        if mode in everything and mode in base:
+            share = (1 - result["ignored"]) * everything[mode]["median"]
+            print(
+                f"  {OURS} {mode}: {base[mode]['median'] / share:.2f} times its share of the rows"
+            )
+
+
+def points(options) -> list[dict]:
+    """Smallest first, so that a limit leaves out the largest."""
+    shapes, dtypes, entropy, ignored = GRIDS[options.grid]
+    shapes = options.only or shapes
+    wanted = {"no": (False,), "yes": (True,), "both": (False, True)}[options.entropy or entropy]
+    axes = (shapes, options.dtype or dtypes, wanted, options.ignored or ignored)
+    found = [
+        {"shape": list(s), "dtype": d, "entropy": e, "ignored": i / 100}
+        for s, d, e, i in itertools.product(*axes)
+    ]
+    return sorted(found, key=lambda p: p["shape"][0] * p["shape"][1] * p["shape"][2])
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--grid", choices=GRIDS, default="small")
+    add(
+        "--only", action="append", type=_shape, metavar="N,H,V", help="instead of the grid's shapes"
+    )
+    add("--dtype", nargs="+", choices=(*BOTH_DTYPES, "float16"), help="instead of the grid's")
+    add("--entropy", choices=("no", "yes", "both"), help="instead of the grid's")
+    add("--ignored", nargs="+", type=int, help="per cent of the rows, instead of the grid's")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--rounds", type=int, default=5, help="of each variant, fewer where they do not fit")
+    add("--limit-seconds", type=float, default=float("inf"), help="no point starts after these")
+    add("--point-seconds", type=float, default=120.0, help="for the rounds of a point, and at most "
+        "for a variant's first call")  # fmt: skip
+    add("--isa", choices=CAPPED, help="for ours and for PyTorch; the best without")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--workspace-mb", type=float, help="of linear_logprob; its own default without")
+    add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
+    add("--peak", action=argparse.BooleanOptionalAction, default=True, help="measure it first")
+    add("--json", type=Path, help="where to write the figures, after every point")
+    add("--resume", action="store_true", help="keep what the JSON file has and run the rest")
+    return parser.parse_args(arguments)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    n, h, v = map(int, text.split(","))
+    return n, h, v
+
+
+def start(options, env) -> dict:
+    """The report without points."""
+    task = {"what": "facts", "variants": options.variants, "threads": options.threads}
+    (facts,) = events(task | {"workspace_mb": options.workspace_mb}, env, 120.0)
+    peaks = peak.measure([options.threads]) if options.peak else None
+    command = " ".join(["python", "bench/bench_logprob.py", *sys.argv[1:]])
+    return {"command": command, "threads": options.threads, "environment": env} | facts | {
+        "peaks": peaks,
+        "points": [],
+    }  # fmt: skip
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    report = {
-        "machine": platform.processor() or platform.machine(),
-        "isa": native.module().isa() if not native.why_missing else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "shapes": {},
-    }
-    for shape in SHAPES:
-        medians, failed = compare(shape, options.rounds)
-        report["shapes"]["x".join(map(str, shape))] = {"seconds": medians, "failed": failed}
-        n, h, v, dtype = shape
-        print(f"N={n} H={h} V={v} {dtype}")
-        for name, t in medians.items():
-            base = medians.get("ours", medians["eager"])
-            rate = 2e-9 * n * h * v / t["forward"]
-            forward, both = t["forward"], t["both"]
-            print(
-                f"  {name:24s} forward {forward * 1e3:9.2f} ms ({forward / base['forward']:.2f}x, "
-                f"{rate:.0f} GFLOP/s)   both {both * 1e3:9.2f} ms ({both / base['both']:.2f}x)"
-            )
-        for name, why in failed.items():
-            print(f"  {name:24s} failed: {why}")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    options = parse()
+    env, end = environment(options.isa, options.threads), time.monotonic() + options.limit_seconds
+    report = start(options, env)
+    if options.resume and options.json and options.json.exists():
+        before = json.loads(options.json.read_text())
+        same = ("machine", "versions", "environment", "isa", "workspace_mb")
+        if any(before[k] != report[k] for k in same):
+            raise SystemExit(f"{options.json} is of another machine, version or setting")
+        report["points"] = before["points"]
+        report["command"] = before["command"] + "; " + report["command"]
+    print(f"{report['machine']['cpu']}, {report['isa']}, {report['threads']} threads, {env}")
+    print(peak.table(report["peaks"]) if report["peaks"] else "no peak measured")
+    for name, why in report["missing"].items():
+        print(f"{name}: {why}")
+    variants = [v for v in options.variants if v not in report["missing"]]
+    wanted = points(options)
+    done = [{k: p[k] for k in wanted[0]} for p in report["points"]]
+    left = [p for p in wanted if p not in done]
+    for point in left:
+        print(describe(point), flush=True)
+        if time.monotonic() > end:
+            print("  skipped: --limit-seconds are over")
+            continue
+        result = run_point(point, variants, options, env)
+        show(result, report)
+        report["points"].append(result)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    wrong = [
+        p for p in report["points"] if "failed" in p or "failed" in p["variants"].get(OURS, {})
+    ]
+    for point in wrong:
+        print(f"FAILED: {describe(point)}")
+    return bool(wrong)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_linear_logprob(benchmark, name):
+    import accuracy
+    import point
+
+    if missing(name):
+        pytest.skip(missing(name))
+    *inputs, _ = point.draw(64, 128, 2003, "bfloat16")
+    function = VARIANTS[name]
+    _, wrong = point.checked(name, function, inputs, False, accuracy.truth(*inputs, False))
+    assert wrong is None, wrong
+    call = (function, *inputs, False)
+    benchmark.pedantic(point.both, args=call, rounds=20, warmup_rounds=2)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,7 +43,7 @@ def compiler_flags(isa: str) -> list[str]:
     return ["-std=c++17", *common, *([] if isa == "generic" else of(isa).split())]
 
 
-def measure(threads=(1, os.cpu_count()), seconds=0.5) -> dict:
+def measure(threads: list[int], seconds=0.5) -> dict:
     """1e9 operations (`compute`, by instruction set) and bytes (`memory`) a second, by threads.
 
     A multiplication and an addition are two operations; a copy counts what it reads and what it
