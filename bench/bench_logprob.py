@@ -12,18 +12,15 @@ import argparse
 import itertools
 import json
 import os
-import queue
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import peak
 import pytest
-from baselines import NO_ENTROPY, OURS, VARIANTS, bytes_needed, missing
+import race
+from baselines import NO_ENTROPY, OURS, VARIANTS, missing
 
-HERE = Path(__file__).parent
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
 WIDTHS = (896, 2048, 4096)
 VOCABS = (32000, 128256, 151936, 256000)
@@ -41,126 +38,6 @@ GRIDS = {
         (0,),
     ),
 }
-
-# What holds PyTorch to the instruction set that ours is held to; read when it is imported.
-CAPPED = {
-    "generic": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
-    "amx": {},
-}
-MKL = {"avx2": "AVX2", "avx512": "AVX512", "avx512_bf16": "AVX512"}
-
-
-def environment(isa: str | None, threads: int) -> dict[str, str]:
-    """What a point's process gets besides this one's environment."""
-    chosen = {"OMP_NUM_THREADS": str(threads)}
-    if isa is not None:
-        chosen |= {"FASTRL_ISA": isa} | CAPPED[isa]
-        chosen |= {"MKL_ENABLE_INSTRUCTIONS": MKL[isa]} if isa in MKL else {}
-    return chosen
-
-
-class Stopped(Exception):
-    """A point's process ended early; what it says why."""
-
-
-def events(task: dict, env: dict, silence: float):
-    """The events of a point's process; Stopped if it fails or is silent for too long."""
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "point.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | env,
-        text=True,
-    )
-    lines: queue.Queue = queue.Queue()
-    errors: list[str] = []
-    readers = [
-        threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)]),
-        threading.Thread(target=lambda: errors.extend(process.stderr)),
-    ]
-    try:
-        for reader in readers:
-            reader.start()
-        process.stdin.write(json.dumps(task))
-        process.stdin.close()
-        while (line := lines.get(timeout=silence)) is not None:
-            yield json.loads(line)
-        process.wait()
-        readers[1].join()
-        if process.returncode < 0:
-            raise Stopped(f"killed by signal {-process.returncode}; too little memory?")
-        if process.returncode:
-            raise Stopped(errors[-1].strip()[:200] if errors else f"exit {process.returncode}")
-    except queue.Empty:
-        raise Stopped(f"took more than {silence:.0f} s") from None
-    finally:
-        process.kill()
-        process.wait()
-        for reader in readers:
-            reader.join()
-
-
-def fitting(point: dict, variants: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The variants that the free memory is enough for, and why not the others."""
-    import measure
-
-    itemsize, free = 4 if point["dtype"] == "float32" else 2, measure.available()
-    fit, not_fit = [], {}
-    for name in variants:
-        need = bytes_needed(name, *point["shape"], itemsize, True, point["entropy"])
-        if need < 0.9 * free:
-            fit.append(name)
-        else:
-            not_fit[name] = f"needs about {need / 2**30:.0f} GB, {free / 2**30:.0f} GB are free"
-    return fit, not_fit
-
-
-def run_point(point: dict, variants: list[str], options, env: dict) -> dict:
-    """Errors, times and extra memory of each variant, and why some are missing."""
-    variants, skipped = fitting(point, variants)
-    found = {name: {"skipped": why} for name, why in skipped.items()}
-    task = point | {
-        "rounds": options.rounds,
-        "threads": options.threads,
-        "workspace_mb": options.workspace_mb,
-        "seconds": options.point_seconds,
-    }
-    result = {**point, "variants": found}
-    left = list(variants)
-    while left:
-        started = None
-        try:
-            # A variant that hangs or is killed is left out, and the others start again.
-            for event in events(task | {"what": "time", "variants": left}, env, task["seconds"]):
-                if "reference" in event:
-                    result["reference"], result["truth"] = event["reference"], event["own"]
-                elif "started" in event:
-                    started = event["started"]
-                elif "variant" in event:
-                    found[event.pop("variant")] = event
-                elif "times" in event:
-                    for name, times in event["times"].items():
-                        found.setdefault(name, {})[event["mode"]] = times
-            break
-        except Stopped as why:
-            if started is None:
-                result["failed"] = str(why)
-                return result
-            found[started] = {"failed": str(why)}
-            left.remove(started)
-    for name in variants:
-        if options.memory and "failed" not in found[name]:
-            try:
-                memory = task | {"what": "memory", "variants": [name]}
-                for event in events(memory, env, task["seconds"]):
-                    found[name]["extra_mb"] = event["extra_mb"]
-            except Stopped as why:
-                found[name]["memory_failed"] = str(why)
-    return result
 
 
 def floors(point: dict, report: dict) -> dict[str, tuple[float, float]]:
@@ -237,7 +114,7 @@ def points(options) -> list[dict]:
         {"shape": list(s), "dtype": d, "entropy": e, "ignored": i / 100}
         for s, d, e, i in itertools.product(*axes)
     ]
-    return sorted(found, key=lambda p: p["shape"][0] * p["shape"][1] * p["shape"][2])
+    return sorted(found, key=race.size)
 
 
 def parse(arguments=None):
@@ -257,7 +134,9 @@ def parse(arguments=None):
     add("--limit-seconds", type=float, default=float("inf"), help="no point starts after these")
     add("--point-seconds", type=float, default=120.0, help="for the rounds of a point, and at most "
         "for a variant's first call")  # fmt: skip
-    add("--isa", choices=CAPPED, help="for ours and for PyTorch; the best without")
+    add("--pause-ms", type=float, default=10.0, help="before each call; 0 for what OpenMP's "
+        "spinning threads do to the next one")  # fmt: skip
+    add("--isa", choices=race.CAPPED, help="for ours and for PyTorch; the best without")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--workspace-mb", type=float, help="of linear_logprob; its own default without")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
@@ -272,25 +151,16 @@ def _shape(text: str) -> tuple[int, int, int]:
     return n, h, v
 
 
-def start(options, env) -> dict:
-    """The report without points."""
-    task = {"what": "facts", "variants": options.variants, "threads": options.threads}
-    (facts,) = events(task | {"workspace_mb": options.workspace_mb}, env, 120.0)
-    peaks = peak.measure([options.threads]) if options.peak else None
-    command = " ".join(["python", "bench/bench_logprob.py", *sys.argv[1:]])
-    return {"command": command, "threads": options.threads, "environment": env} | facts | {
-        "peaks": peaks,
-        "points": [],
-    }  # fmt: skip
-
-
 def main():
     options = parse()
-    env, end = environment(options.isa, options.threads), time.monotonic() + options.limit_seconds
-    report = start(options, env)
+    env, end = (
+        race.environment(options.isa, options.threads),
+        time.monotonic() + options.limit_seconds,
+    )
+    report = race.start(options, env)
     if options.resume and options.json and options.json.exists():
         before = json.loads(options.json.read_text())
-        same = ("machine", "versions", "environment", "isa", "workspace_mb")
+        same = ("machine", "versions", "environment", "isa", "workspace_mb", "pause_ms")
         if any(before[k] != report[k] for k in same):
             raise SystemExit(f"{options.json} is of another machine, version or setting")
         report["points"] = before["points"]
@@ -302,13 +172,13 @@ def main():
     variants = [v for v in options.variants if v not in report["missing"]]
     wanted = points(options)
     done = [{k: p[k] for k in wanted[0]} for p in report["points"]]
-    left = [p for p in wanted if p not in done]
-    for point in left:
+    slow: dict[tuple[str, str], int] = {}
+    for point in (p for p in wanted if p not in done):
         print(describe(point), flush=True)
         if time.monotonic() > end:
             print("  skipped: --limit-seconds are over")
             continue
-        result = run_point(point, variants, options, env)
+        result = race.run_point(point, variants, slow, options, env)
         show(result, report)
         report["points"].append(result)
         if options.json:

@@ -18,12 +18,15 @@ def take_turns(
     seconds: float,
     least: int,
     most: dict[str, int] | None = None,
+    pause: float = 0.0,
 ) -> dict[str, dict[str, float]]:
     """Median and best of what the calls return (seconds), and how often each was made.
 
     Every round makes each call once, so that a disturbance hits all of them, in an order of its
-    own, so that what a call leaves in caches and threads hits all of them. It ends after ``seconds`` but not before ``least`` rounds; ``most`` bounds the rounds
-    that a call takes part in.
+    own, so that what a call leaves in the caches does. It ends after ``seconds`` but not before
+    ``least`` rounds; ``most`` bounds the rounds that a call takes part in. Each call comes
+    ``pause`` seconds after the one before: OpenMP's threads spin for some milliseconds when their
+    work is done and would take the cores from whatever does not use OpenMP.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names, end, rounds = list(calls), time.perf_counter() + seconds, 0
@@ -32,6 +35,7 @@ def take_turns(
     while rounds < last and (rounds < least or time.perf_counter() < end):
         for name in shuffle.sample(names, len(names)):
             if most is None or rounds < most[name]:
+                time.sleep(pause)
                 times[name].append(calls[name]())
         rounds += 1
     return {

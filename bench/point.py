@@ -65,6 +65,11 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
+def announced(emit, name, call) -> float:
+    emit(started=name)
+    return seconds(call)
+
+
 def checked(name, function, inputs, entropy, truth) -> tuple[dict, str | None]:
     """Errors of a variant, and what is wrong with it."""
     errors = truth.errors(*both(function, *inputs, entropy))
@@ -79,7 +84,10 @@ def rounds_in(share, call, first, rounds) -> int:
 
 
 def timed(task, emit):
-    """Events: reference; for each variant started, then errors or failed; at the end times."""
+    """Events: reference; for each variant started, then errors or failed; at the end times.
+
+    "started" comes before every call, so that the parent knows whose call does not end.
+    """
     shape, entropy = task["shape"], task["entropy"]
     hidden, weight, target, everything = draw(*shape, task["dtype"], task["ignored"])
     known = accuracy.statistics(hidden, weight, target)
@@ -105,11 +113,13 @@ def timed(task, emit):
         for label, of in targets.items():
             for mode, run in (("forward", forward), ("both", both)):
                 call = partial(run, function, hidden, weight, of, entropy)
+                emit(started=name)
                 first = seconds(call)
-                calls[mode][label] = partial(seconds, call)
+                calls[mode][label] = partial(announced, emit, name, call)
                 most[mode][label] = rounds_in(share, call, first, task["rounds"])
     for mode in calls:
-        emit(mode=mode, times=measure.take_turns(calls[mode], task["seconds"] / 2, 1, most[mode]))
+        turns = (calls[mode], task["seconds"] / 2, 1, most[mode], task["pause"])
+        emit(mode=mode, times=measure.take_turns(*turns))
 
 
 def remembered(task, emit):
