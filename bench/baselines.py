@@ -1,8 +1,8 @@
 """The ways to get log-probabilities from an lm-head that bench_logprob.py compares.
 
 Each is `f(hidden [N, H], weight [V, H], target [N], entropy) -> {"logprob": [N], ...}` in nats, 0
-where the target is -100, with "entropy" where it is asked for and on offer. `F.lce chunked` returns
-the sum of the log-probs: only then does it compute its gradients once.
+where the target is -100, with "entropy" where it is asked for and on offer. The chunked
+`F.linear_cross_entropy` returns their sum: only then does it compute its gradients once.
 """
 
 import importlib.metadata
@@ -80,12 +80,12 @@ VARIANTS = {
     OURS: ours,
     "eager": eager,
     "torch.compile": compiled,
-    "F.lce": torch_lce,
-    "F.lce chunked": torch_lce_chunked,
+    "F.linear_cross_entropy": torch_lce,
+    "F.linear_cross_entropy chunked": torch_lce_chunked,
     "cut-cross-entropy": cce,
     "TRL chunked": trl_chunked,
 }
-NO_ENTROPY = ("F.lce", "F.lce chunked", "cut-cross-entropy")
+NO_ENTROPY = ("F.linear_cross_entropy", "F.linear_cross_entropy chunked", "cut-cross-entropy")
 COMPILED = ("torch.compile", "cut-cross-entropy")
 
 # Bytes beyond inputs and gradients for each of the N V logits, at most: forward, with the backward,
@@ -93,7 +93,7 @@ COMPILED = ("torch.compile", "cut-cross-entropy")
 _BYTES_PER_LOGIT = {
     "eager": (10, 14, 18, 30),
     "torch.compile": (8, 10, 10, 14),
-    "F.lce": (8, 12, 8, 12),
+    "F.linear_cross_entropy": (8, 12, 8, 12),
     "cut-cross-entropy": (8, 10, 8, 10),
 }
 
@@ -104,9 +104,11 @@ def missing(name: str) -> str | None:
         from fastrl.kernels import native
 
         return native.unavailable("cpu", torch.device("cpu"))
-    if name.startswith("F.lce") and not hasattr(F, "linear_cross_entropy"):
+    if name.startswith("F.linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)"
-    if name == "F.lce chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    if name == "F.linear_cross_entropy chunked" and not hasattr(
+        torch.nn, "LinearCrossEntropyOptions"
+    ):
         return f"torch {torch.__version__} has no LinearCrossEntropyOptions"
     package = {"cut-cross-entropy": "cut_cross_entropy", "TRL chunked": "trl"}.get(name)
     if package and importlib.util.find_spec(package) is None:

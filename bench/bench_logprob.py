@@ -71,9 +71,9 @@ def show(result: dict, report: dict):
         print(f"  FAILED: {result['failed']}")
     for name, of in found.items():
         if "skipped" in of or "failed" in of:
-            print(f"  {name:22s} {'; '.join(of[k] for k in ('skipped', 'failed') if k in of)}")
+            print(f"  {name:30s} {'; '.join(of[k] for k in ('skipped', 'failed') if k in of)}")
             continue
-        text = f"  {name:22s}"
+        text = f"  {name:30s}"
         for mode in ("forward", "both"):
             if mode not in of:
                 continue

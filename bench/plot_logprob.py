@@ -24,8 +24,8 @@ STROKES = {
     OURS: ("o", "-"),
     "eager": ("s", "--"),
     "torch.compile": ("^", "-."),
-    "F.lce": ("D", ":"),
-    "F.lce chunked": ("v", (0, (5, 1, 1, 1, 1, 1))),
+    "F.linear_cross_entropy": ("D", ":"),
+    "F.linear_cross_entropy chunked": ("v", (0, (5, 1, 1, 1, 1, 1))),
     "cut-cross-entropy": ("X", (0, (3, 1))),
     "TRL chunked": ("P", (0, (1, 2))),
 }
@@ -48,6 +48,17 @@ def number(x: float) -> str:
     return f"{x:.2f}" if x < 1 else f"{x:.1f}" if x < 10 else f"{x:,.0f}"
 
 
+def label(name: str) -> str:
+    """A name in two lines if it is long."""
+    return name.replace(" ", "\n") if len(name) > 24 else name
+
+
+def why(variant: dict) -> str:
+    """Why a variant has no figures, in a few words."""
+    text = variant.get("skipped") or variant.get("failed") or variant.get("memory_failed") or ""
+    return text if len(text) <= 36 else text[:35] + "…"
+
+
 def plain(points: list[dict]) -> list[dict]:
     """Without entropy, no row ignored, and our kernel right."""
     found = [p for p in points if not p["entropy"] and not p["ignored"]]
@@ -66,9 +77,13 @@ def bars(axes, point: dict, mode: str, value, unit: str):
     found = {n: value(v, mode) for n, v in point["variants"].items() if n in VARIANTS}
     found = {n: x for n, x in found.items() if x is not None}
     order = [OURS, *sorted((n for n in found if n != OURS), key=found.get)]
+    absent = {n: why(v) for n, v in point["variants"].items() if n not in found and why(v)}
     least = 1.0 if unit == "MB" else 0.0  # less is the measurement's own noise
     lengths = [max(found[n], least) for n in order]
-    drawn = axes.barh(order, lengths, height=0.66, color=[ACCENT, *[GREY] * (len(order) - 1)])
+    colors = [ACCENT, *[GREY] * (len(order) + len(absent) - 1)]
+    names = [*order, *absent]
+    start = 0.5 if unit == "MB" else 0.0  # a bar that is missing has no length
+    drawn = axes.barh(names, [*lengths, *[start] * len(absent)], height=0.66, color=colors)
     drawn[0].set_hatch("///")
     drawn[0].set_edgecolor("white")
     for i, name in enumerate(order):
@@ -76,9 +91,13 @@ def bars(axes, point: dict, mode: str, value, unit: str):
             f" {number(found[name])} {unit}" if found[name] >= least else f" < {least:.0f} {unit}"
         )
         if name != OURS:
-            text += f"  ({number(lengths[i] / lengths[0])}×)"
+            more = ">" if found[OURS] < least else ""
+            text += f"  ({more}{number(lengths[i] / lengths[0])}×)"
         weight = "bold" if name == OURS else "normal"
         axes.text(lengths[i], i, text, va="center", fontsize=8.5, fontweight=weight)
+    for i, text in enumerate(absent.values(), len(order)):
+        axes.text(start, i, f" {text}", va="center", fontsize=8.5, fontstyle="italic", color=GREY)
+    axes.set_yticks(range(len(names)), [label(n) for n in names])
     axes.invert_yaxis()
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -104,7 +123,11 @@ def lines(axes, points: list[dict], mode: str, value, unit: str):
         style = {"linewidth": 2.6, "zorder": 3} if name == OURS else {"linewidth": 1.3}
         axes.plot(*zip(*at, strict=True), marker=marker, linestyle=stroke, color=GREYS[name],
                   markersize=5, **style)  # fmt: skip
-        ends.append([at[-1][1], at[-1][0], name])
+        if at[-1][0] < max(p["shape"][0] for p in points):
+            axes.annotate(label(name), at[-1], xytext=(7, 0), textcoords="offset points",
+                          va="center", fontsize=8.5, color=GREYS[name])  # fmt: skip
+        else:
+            ends.append((at[-1][1], at[-1][0], name))
     axes.set(xscale="log", yscale="log", xlabel="tokens")
     axes.set_title(f"{DTYPES[points[0]['dtype']]}, {MODES[mode]} ({unit})", loc="left", fontsize=10)
     tokens = sorted({p["shape"][0] for p in points})
@@ -133,7 +156,12 @@ def _names_at_ends(axes, ends):
             fontsize=8.5,
             color=GREYS[name],
             fontweight="bold" if name == OURS else "normal",
-            arrowprops={"arrowstyle": "-", "color": GREYS[name], "linewidth": 0.4},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GREYS[name],
+                "linewidth": 0.5,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -209,7 +237,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     figures = [("time", time_of, "ms", "Log-probs from hidden states: time, median")]
     if any("extra_mb" in v for p in points for v in p["variants"].values()):
-        title = "Log-probs from hidden states: memory beyond inputs, outputs and gradients"
+        title = "Log-probs from hidden states: extra memory beyond inputs and gradients (log scale)"
         figures.append(("memory", memory_of, "MB", title))
     for name, value, unit, title in figures:
         path = options.out / f"logprob-{name}.png"
