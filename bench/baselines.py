@@ -98,6 +98,11 @@ _BYTES_PER_LOGIT = {
 }
 
 
+def counted(tokens: int, ignored: float) -> int:
+    """How many of the tokens are not ignored, at least one."""
+    return tokens - min(round(tokens * ignored), tokens - 1)
+
+
 def missing(name: str) -> str | None:
     """Why a variant cannot run here, or None."""
     if name == OURS:

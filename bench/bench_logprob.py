@@ -19,7 +19,7 @@ from pathlib import Path
 import peak
 import pytest
 import race
-from baselines import NO_ENTROPY, OURS, VARIANTS, missing
+from baselines import NO_ENTROPY, OURS, VARIANTS, counted, missing
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
 WIDTHS = (896, 2048, 4096)
@@ -40,19 +40,19 @@ GRIDS = {
 }
 
 
-def floors(point: dict, report: dict) -> dict[str, tuple[float, float]]:
-    """Seconds of the floor, and of our operations at the peak, forward and both."""
+def bounds(point: dict, report: dict) -> dict[str, dict[str, float]]:
+    """Seconds of the floor, and of our operations alone at the peak, forward and both."""
     tokens, width, vocab = point["shape"]
-    counted = max(1, tokens - round(tokens * point["ignored"])) if tokens > 1 else 1
-    share = min(1.0, report["workspace_mb"] * 2**20 / (2.25 * counted * vocab))
+    kept = counted(tokens, point["ignored"])
+    share = min(1.0, report["workspace_mb"] * 2**20 / (2.25 * kept * vocab))
     where = (report["peaks"], report["isa"], report["threads"])
     rate = peak.flops(*where, point["dtype"])
-    shape = (counted, width, vocab)
+    shape = (kept, width, vocab)
     return {
-        mode: (
-            peak.floor(*where, shape, point["dtype"], mode == "both", share),
-            peak.operations(*shape, mode == "both", share) / rate,
-        )
+        mode: {
+            "floor": peak.floor(*where, shape, point["dtype"], mode == "both", share),
+            "operations": peak.operations(*shape, mode == "both", share) / rate,
+        }
         for mode in ("forward", "both")
     }
 
@@ -63,7 +63,7 @@ def describe(point: dict) -> str:
     return f"N={n} H={h} V={v} {point['dtype']}{', entropy' if point['entropy'] else ''}{ignored}"
 
 
-def show(result: dict, report: dict):
+def show(result: dict):
     """Prints a point."""
     found = result["variants"]
     base = found.get(OURS, {})
@@ -88,17 +88,18 @@ def show(result: dict, report: dict):
         if result["entropy"] and name in NO_ENTROPY:
             text += "  (without entropy)"
         print(text)
-    if "forward" in base and report["peaks"]:
-        for mode, (least, at_peak) in floors(result, report).items():
+    for mode, least in result.get("bounds", {}).items():
+        if mode in base:
             took = base[mode]["median"]
             print(
-                f"  {OURS} {mode}: {at_peak / took:.0%} of the peak, {took / least:.2f} times the "
-                f"floor of {least * 1e3:.2f} ms"
+                f"  {OURS} {mode}: {least['operations'] / took:.0%} of the peak, "
+                f"{took / least['floor']:.2f} times the floor of {least['floor'] * 1e3:.2f} ms"
             )
     everything = found.get(f"{OURS}, none ignored", {})
     for mode in ("forward", "both"):
         if mode in everything and mode in base:
-            share = (1 - result["ignored"]) * everything[mode]["median"]
+            tokens = result["shape"][0]
+            share = counted(tokens, result["ignored"]) / tokens * everything[mode]["median"]
             print(
                 f"  {OURS} {mode}: {base[mode]['median'] / share:.2f} times its share of the rows"
             )
@@ -179,7 +180,9 @@ def main():
             print("  skipped: --limit-seconds are over")
             continue
         result = race.run_point(point, variants, slow, options, env)
-        show(result, report)
+        if report["peaks"] and report["isa"]:
+            result["bounds"] = bounds(point, report)
+        show(result)
         report["points"].append(result)
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")

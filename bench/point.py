@@ -28,7 +28,7 @@ def draw(tokens, width, vocab, dtype, ignored=0.0):
     hidden = torch.empty(tokens, width, dtype=of).normal_(generator=g)
     weight = torch.empty(vocab, width, dtype=of).normal_(std=2 / width**0.5, generator=g)
     target = torch.randint(vocab, (tokens,), generator=g)
-    drop = torch.randperm(tokens, generator=g)[: min(round(tokens * ignored), tokens - 1)]
+    drop = torch.randperm(tokens, generator=g)[: tokens - baselines.counted(tokens, ignored)]
     masked = target.index_fill(0, drop, IGNORE)
     return hidden.requires_grad_(), weight.requires_grad_(), masked, target
 
