@@ -64,20 +64,20 @@ struct Pairs {
   }
 
   using Kept = uint16_t;  // bf16
+  static inline __m256i to_bf16(Vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+  static inline Vec widen(__m256i halves) {
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  }
   static inline void keep(Vec x, uint16_t* to) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-    std::memcpy(to, &rounded, sizeof rounded);
+    const __m256i halves = to_bf16(x);
+    std::memcpy(to, &halves, sizeof halves);
   }
   static inline Vec kept(const uint16_t* from) {
     __m256i halves;
     std::memcpy(&halves, from, sizeof halves);
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+    return widen(halves);
   }
-  static inline Vec rounded(Vec x) {
-    uint16_t halves[kLanes];
-    keep(x, halves);
-    return kept(halves);
-  }
+  static inline Vec rounded(Vec x) { return widen(to_bf16(x)); }
   static inline Vec pairs(const uint16_t* even, const uint16_t* odd) {
     const auto bits = [](Vec x) { return _mm512_castps_si512((__m512)x); };
     return (Vec)_mm512_or_si512(bits(kept(odd)), _mm512_srli_epi32(bits(kept(even)), 16));
