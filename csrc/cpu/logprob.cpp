@@ -82,6 +82,17 @@ struct Upstream {
   int64_t target[kPanel];
 };
 
+// bf16 numbers as the lower or upper halves of the lanes.
+inline Vec with_bf16(Vec lanes, const uint16_t (&halves)[kLanes], int upper) {
+  uint32_t bits[kLanes];
+  std::memcpy(bits, &lanes, sizeof bits);
+  for (int i = 0; i < kLanes; ++i) {
+    bits[i] |= static_cast<uint32_t>(halves[i]) << (16 * upper);
+  }
+  std::memcpy(&lanes, bits, sizeof bits);
+  return lanes;
+}
+
 template <class Kind>
 class Backward {
  public:
@@ -211,7 +222,7 @@ class Backward {
         const int at = j * kLanes;
         const Vec x = load(z + r * kPanel + at), scale = load(u.inv_temperature + at);
         const Vec logp = at_least(fma(x, scale, -load(u.lse + at)), splat(kLowest));
-        const Vec p = select(logp > splat(kLowest), exp_below(logp), logp * 0.0f);
+        const Vec p = select(logp > splat(kLowest), exp_from_lowest(logp), logp * 0.0f);
         const Vec spread = load(u.of_spread + at) * (logp + load(u.entropy + at));
         Vec g = p * (load(u.of_p + at) - spread) * scale * a_.logit_scale;
         if (a_.softcap > 0.0f) {
@@ -240,21 +251,29 @@ class Backward {
   // G as the two products read it: by vocabulary row, and (for pairs) by token.
   void keep(int64_t in_chunk, int n, int64_t p, const float* z) const {
     const int64_t tokens = tokens_.in_panel(p);
-    for (int r = 0; r < round_up(n, Kind::kStep); r += Kind::kStep) {
-      if constexpr (Kind::kStep == 1) {
+    if constexpr (Kind::kStep == 1) {
+      for (int r = 0; r < n; ++r) {
         float* to = by_row_.get() + (in_chunk + r) * padded_ + p * kPanel;
         std::memcpy(to, z + r * kPanel, tokens * sizeof(float));
-        std::fill(to + tokens, to + kPanel, 0.0f);
-      } else {
-        uint16_t rounded[2][kPanel] = {};
-        for (int k = 0; k < 2 && r + k < n; ++k) {
-          from_floats(z + (r + k) * kPanel, Float::bf16, tokens, rounded[k]);
-          std::memcpy(by_row_.get() + ((in_chunk + r + k) * padded_ + p * kPanel) / 2, rounded[k],
-                      sizeof rounded[k]);
+      }
+      return;
+    }
+    auto* by_row = reinterpret_cast<uint16_t*>(by_row_.get()) + in_chunk * padded_ + p * kPanel;
+    for (int r0 = 0; r0 < n; r0 += 2 * kLanes) {
+      const int rows = std::min(n - r0, 2 * kLanes);
+      for (int at = 0; at < tokens; at += kLanes) {
+        Vec pairs[kLanes] = {};  // of neighbouring rows, a token per lane
+        for (int r = 0; r < rows; ++r) {
+          uint16_t rounded[kLanes] = {};
+          const int64_t count = std::min<int64_t>(kLanes, tokens - at);
+          from_floats(z + (r0 + r) * kPanel + at, Float::bf16, count, rounded);
+          std::memcpy(by_row + (r0 + r) * padded_ + at, rounded, sizeof rounded);
+          pairs[r / 2] = with_bf16(pairs[r / 2], rounded, r % 2);
         }
-        uint32_t* to = by_token_.get() + (in_chunk + r) / 2 * padded_ + p * kPanel;
-        for (int i = 0; i < kPanel; ++i) {
-          to[i] = rounded[0][i] | static_cast<uint32_t>(rounded[1][i]) << 16;
+        transpose(pairs);
+        for (int i = 0; i < kLanes; ++i) {
+          std::memcpy(by_token_.get() + ((p * kPanel + at + i) * chunk_ + in_chunk + r0) / 2,
+                      &pairs[i], (rows + 1) / 2 * 4);
         }
       }
     }
@@ -297,9 +316,9 @@ class Backward {
         Kind::kStep == 1 ? static_cast<const void*>(by_row_.get()) : by_token_.get();
     Rows rows;
     rows.data = static_cast<const char*>(gradients);
-    rows.stride = padded_ * 4;
+    rows.stride = Kind::kStep == 1 ? padded_ * 4 : 4;
     for (int r = 0; r < kBlock; ++r) {
-      rows.row[r] = (t0 + std::min(r, n - 1)) * 4;
+      rows.row[r] = (t0 + std::min(r, n - 1)) * (Kind::kStep == 1 ? 4 : chunk_ * 2);
     }
     Buffer<float> c(kBlock * kPanel);
     for (int64_t h = 0; h < a_.width; h += kPanel) {
@@ -323,7 +342,7 @@ class Backward {
   Tokens<Kind> tokens_;
   Buffer<Upstream> upstream_;
   Buffer<Element> by_row_;    // G [chunk, tokens]
-  Buffer<Element> by_token_;  // pairs of neighbouring rows of G: [chunk / 2, tokens]
+  Buffer<Element> by_token_;  // pairs of neighbouring rows of G: [tokens, chunk / 2]
   Buffer<Element> hidden_, weight_;
   Buffer<float> grad_weight_, grad_hidden_;
 };
@@ -331,7 +350,7 @@ class Backward {
 }  // namespace
 
 void linear_logprob_fwd(const LogprobForwardArgs& args, int threads) {
-#if defined(__AVX512BF16__)
+#ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
     return forward<Pairs>(args, threads);
   }
@@ -340,7 +359,7 @@ void linear_logprob_fwd(const LogprobForwardArgs& args, int threads) {
 }
 
 void linear_logprob_bwd(const LogprobBackwardArgs& args, int threads) {
-#if defined(__AVX512BF16__)
+#ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
     return Backward<Pairs>(args, threads).run();
   }

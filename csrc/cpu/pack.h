@@ -51,7 +51,7 @@ inline void pack_rows(Floats, const char* from, int64_t stride, Float type, int6
   }
 }
 
-#if defined(__AVX512BF16__)
+#ifdef FASTRL_PAIRS
 inline void pack_rows(Pairs, const char* from, int64_t stride, Float, int64_t first, int64_t rows,
                       int64_t width, int64_t depth, uint32_t* to) {
   for (int64_t r = first; r < first + rows; r += 2) {

@@ -11,8 +11,7 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kChunks = 64;    // of the vocabulary
-constexpr float kLowest = -86.0f;  // where exp_below ends
+constexpr int64_t kChunks = 64;  // of the vocabulary
 
 // Vocabulary rows of a chunk: they depend on V alone, and so does what is summed with what.
 inline int64_t chunk_rows(int64_t vocab) { return round_up(ceil_div(vocab, kChunks), kBlock); }
@@ -37,13 +36,13 @@ inline void fold(const float* z, int n, int vectors, const float* inv_temperatur
     if (!first) {
       const Vec before = load(to.max + at);
       highest = at_least(before, highest);
-      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp_below(down);
+      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp_from_lowest(down);
       sum = load(to.sum + at) * factor;
       weighted = (load(to.weighted + at) + down * load(to.sum + at)) * factor;
     }
     for (int r = 0; r < n; ++r) {
       const Vec x = at_least(fma(load(z + r * kPanel + at), scale, -highest), splat(kLowest));
-      const Vec e = exp_below(x);
+      const Vec e = exp_from_lowest(x);
       sum += e;
       weighted = fma(x, e, weighted);
     }

@@ -56,7 +56,16 @@ inline Vec as_float(IVec bits) {
 inline Vec select(IVec where, Vec a, Vec b) { return where ? a : b; }
 
 // NaN in x stays NaN, as in torch.clamp.
-inline Vec at_least(Vec x, Vec limit) { return select(x < limit, limit, x); }
+inline Vec at_least(Vec x, Vec limit) {
+#if defined(__AVX512F__) && FASTRL_MAX_LANES >= 16
+  // x where either is NaN; the plain intrinsic warns of the operand that it leaves undefined.
+  return (Vec)_mm512_mask_max_ps((__m512)x, 0xffff, (__m512)limit, (__m512)x);
+#elif defined(__AVX2__) && FASTRL_MAX_LANES >= 8
+  return (Vec)_mm256_max_ps((__m256)limit, (__m256)x);
+#else
+  return select(x < limit, limit, x);
+#endif
+}
 
 inline Vec at_most(Vec x, Vec limit) { return select(limit < x, limit, x); }
 
@@ -135,10 +144,11 @@ inline Vec exp(Vec x) {
   return (p * as_float((half + 127) << 23)) * as_float((whole - half + 127) << 23);
 }
 
-// e^x within 2 ulp for x <= 0 (and a little above), 1 for 0, NaN for NaN; below -86 not smaller
-// than e^-86, so that no caller meets a subnormal number. A third of the work of exp.
-inline Vec exp_below(Vec x) {
-  x = at_least(x, splat(-86.0f));
+// e^x within 2 ulp for x from kLowest to 0 and a little above, 1 for 0, NaN for NaN, never
+// subnormal. A third of the work of exp.
+constexpr float kLowest = -86.0f;
+
+inline Vec exp_from_lowest(Vec x) {
   constexpr float kRound = 12582912.0f;
   const Vec shifted = fma(x, splat(1.44269504f), splat(kRound));
   const Vec r = fma(shifted - kRound, splat(-0.693147181f), x);
