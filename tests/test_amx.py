@@ -1,4 +1,4 @@
-"""The AMX code on a CPU without AMX: the same C++, its tiles emulated, through the ops' own tests."""
+"""The AMX code on a CPU without AMX: the same C++, emulated tiles, the ops' own tests."""
 
 import importlib.machinery
 import shutil

@@ -26,11 +26,11 @@ inline void fold(const float* z, int n, int vectors, const float* inv_temperatur
   for (int j = 0; j < vectors; ++j) {
     const int at = j * kLanes;
     const Vec scale = load(inv_temperature + at);
-    Vec highest = splat(-FLT_MAX);
+    Vec highest = splat(-kInfinity);
     for (int r = 0; r < n; ++r) {
       highest = at_least(load(z + r * kPanel + at), highest);
     }
-    // A block of -inf must not scale to a maximum of -inf.
+    // Finite also where all are -inf.
     highest = at_least(highest * scale, splat(-FLT_MAX));
     Vec sum = {}, weighted = {};
     if (!first) {
