@@ -26,6 +26,7 @@ using fastrl::ReturnsArgs;
 using fastrl::SampleArgs;
 using fastrl::Segments;
 using fastrl::VtraceArgs;
+using fastrl::Workspace;
 
 namespace {
 
@@ -82,13 +83,14 @@ void logits_logprob_bwd_cpu(const LogitsBackwardArgs& args, int threads) {
 void linear_sample_cpu(const SampleArgs& args,
                        int threads){FASTRL_DISPATCH(linear_sample, args, threads)}
 
-LinearArgs
-    linear_args(int64_t rows, int64_t width, int64_t vocab, Address hidden, Float hidden_type,
-                Address weight, Float weight_type, int64_t weight_stride, Address bias,
-                Address inv_temperature, Address target, float logit_scale, float softcap) {
+LinearArgs linear_args(int64_t rows, int64_t width, int64_t vocab, Address index, Address hidden,
+                       Float hidden_type, Address weight, Float weight_type, int64_t weight_stride,
+                       Address bias, Address inv_temperature, Address target, float logit_scale,
+                       float softcap) {
   return {rows,
           width,
           vocab,
+          pointer<const int64_t>(index),
           pointer<const void>(hidden),
           hidden_type,
           pointer<const void>(weight),
@@ -101,9 +103,13 @@ LinearArgs
           softcap};
 }
 
-LogprobForwardArgs forward_args(const LinearArgs& linear, Address logprob, Address lse,
-                                Address entropy) {
-  return {linear, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
+Workspace workspace(int64_t limit, Address kept, int64_t kept_bytes) {
+  return {limit, pointer<void>(kept), kept_bytes};
+}
+
+LogprobForwardArgs forward_args(const LinearArgs& linear, const Workspace& workspace,
+                                Address logprob, Address lse, Address entropy) {
+  return {linear, workspace, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
 }
 
 SampleArgs sample_args(const LinearArgs& linear, Address seeds, Address positions, bool greedy,
@@ -121,10 +127,13 @@ SampleArgs sample_args(const LinearArgs& linear, Address seeds, Address position
           pointer<float>(untruncated)};
 }
 
-LogprobBackwardArgs backward_args(const LinearArgs& linear, Address lse, Address entropy,
+LogprobBackwardArgs backward_args(const LinearArgs& linear, const Workspace& workspace,
+                                  Address logprob, Address lse, Address entropy,
                                   Address grad_logprob, Address grad_lse, Address grad_entropy,
                                   Address grad_hidden, Address grad_weight, Address grad_bias) {
   return {linear,
+          workspace,
+          pointer<const float>(logprob),
           pointer<const float>(lse),
           pointer<const float>(entropy),
           pointer<const float>(grad_logprob),
@@ -212,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
       .value("bfloat16", Float::bf16)
       .value("float16", Float::f16);
   py::class_<LinearArgs>(m, "linear_args").def(py::init(&linear_args));
+  py::class_<Workspace>(m, "workspace").def(py::init(&workspace));
   py::class_<LogprobForwardArgs>(m, "linear_logprob_fwd_args").def(py::init(&forward_args));
   py::class_<LogprobBackwardArgs>(m, "linear_logprob_bwd_args").def(py::init(&backward_args));
   py::class_<SampleArgs>(m, "linear_sample_args").def(py::init(&sample_args));

@@ -1,4 +1,4 @@
-"""The AMX code on a CPU without AMX: the same C++, emulated tiles, the ops' own tests."""
+"""The AMX code on a CPU without AMX: the same C++ with emulated tiles, through the ops' tests."""
 
 import importlib.machinery
 import shutil

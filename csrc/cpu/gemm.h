@@ -33,12 +33,18 @@ constexpr int kBlock = 96;  // rows of A taken together; a multiple of 2 kRows a
 constexpr int kBlock = 48;
 #endif
 
-// One element of A or B as it is stored: a float, or a pair of bf16 as 32 bits.
+// One element of A or B as it is stored: a float, or a pair of bf16 as 32 bits. And how numbers
+// that a product will read are kept meanwhile: as exactly as that product needs them.
 struct Floats {
   using Element = float;
   static constexpr int kStep = 1;         // elements of depth in one
   static constexpr int64_t kSteps = 256;  // that are summed from zero
   static inline Vec multiply_add(const float* a, Vec b, Vec c) { return fma(splat(*a), b, c); }
+
+  using Kept = float;
+  static inline void keep(Vec x, float* to) { store(to, x); }
+  static inline Vec kept(const float* from) { return load(from); }
+  static inline Vec rounded(Vec x) { return x; }
 };
 
 #if defined(__AVX512BF16__) || defined(FASTRL_TILES)
@@ -55,6 +61,26 @@ struct Pairs {
     int32_t bits;  // a row may start at any even address
     std::memcpy(&bits, a, sizeof bits);
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)b);
+  }
+
+  using Kept = uint16_t;  // bf16
+  static inline void keep(Vec x, uint16_t* to) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &rounded, sizeof rounded);
+  }
+  static inline Vec kept(const uint16_t* from) {
+    __m256i halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  }
+  static inline Vec rounded(Vec x) {
+    uint16_t halves[kLanes];
+    keep(x, halves);
+    return kept(halves);
+  }
+  static inline Vec pairs(const uint16_t* even, const uint16_t* odd) {
+    const auto bits = [](Vec x) { return _mm512_castps_si512((__m512)x); };
+    return (Vec)_mm512_or_si512(bits(kept(odd)), _mm512_srli_epi32(bits(kept(even)), 16));
   }
 };
 #endif

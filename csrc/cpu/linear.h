@@ -12,7 +12,7 @@ namespace FASTRL_ISA {
 namespace {
 
 constexpr int64_t kTokens = 2048;          // packed at a time, fewer for wide models:
-constexpr int64_t kTokenFloats = 4 << 20;  // their hidden states as floats
+constexpr int64_t kTokenFloats = 2 << 20;  // their hidden states as floats
 
 inline Vec tanh(Vec x) {
   const Vec square = x * x;
@@ -99,7 +99,7 @@ class Tokens {
     for (int64_t i = 0; i < kPanel; ++i) {
       auto* elements = reinterpret_cast<Element*>(row.get());
       if (i < in_panel(p)) {
-        const int64_t at = (first_ + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
+        const int64_t at = a_.row(first_ + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
         const char* from = static_cast<const char*>(a_.hidden) + at;
         if constexpr (Kind::kStep == 1) {
           to_floats(from, a_.hidden_type, a_.width, elements);

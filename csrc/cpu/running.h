@@ -21,30 +21,66 @@ struct Running {
   float max[kPanel], sum[kPanel], weighted[kPanel];
 };
 
-inline void fold(const float* z, int n, int vectors, const float* inv_temperature, bool first,
-                 Running& to) {
-  for (int j = 0; j < vectors; ++j) {
-    const int at = j * kLanes;
+// The exponentials of a block of logits, relative to each token's maximum in the block.
+template <class Kind>
+struct KeptBlock {
+  float max[kPanel];
+  typename Kind::Kept e[kBlock][kPanel];
+};
+
+// The highest of n logits, times the scale; not -inf, which would make -inf less it NaN.
+inline Vec highest_of(const float* z, int n, Vec scale) {
+  Vec highest = splat(-kInfinity);
+  for (int r = 0; r < n; ++r) {
+    highest = at_least(load(z + r * kPanel), highest);
+  }
+  return at_least(highest * scale, splat(-FLT_MAX));
+}
+
+inline Vec below(const float* z, Vec scale, Vec highest) {
+  return at_least(fma(load(z), scale, -highest), splat(kLowest));
+}
+
+// Sums of a block's exponentials and of z times them, relative to its own maximum: a backward that
+// has only this block computes the same bits.
+template <class Kind, bool kKeep>
+void sum_block(const float* z, int n, Vec scale, Vec highest, KeptBlock<Kind>* kept, int at,
+               Vec& sum, Vec& weighted) {
+  for (int r = 0; r < n; ++r) {
+    const Vec x = below(z + r * kPanel, scale, highest), e = exp_from_lowest(x);
+    sum += e;
+    weighted = fma(x, e, weighted);
+    if constexpr (kKeep) {
+      Kind::keep(e, kept->e[r] + at);
+    }
+  }
+}
+
+template <class Kind = Floats>
+void fold(const float* z, int n, int vectors, const float* inv_temperature, bool first, Running& to,
+          KeptBlock<Kind>* kept = nullptr) {
+  for (int at = 0; at < vectors * kLanes; at += kLanes) {
     const Vec scale = load(inv_temperature + at);
-    Vec highest = splat(-kInfinity);
-    for (int r = 0; r < n; ++r) {
-      highest = at_least(load(z + r * kPanel + at), highest);
+    Vec highest = highest_of(z + at, n, scale), sum = {}, weighted = {};
+    if (kept) {
+      store(kept->max + at, highest);
+      sum_block<Kind, true>(z + at, n, scale, highest, kept, at, sum, weighted);
+    } else {
+      sum_block<Kind, false>(z + at, n, scale, highest, kept, at, sum, weighted);
     }
-    // Finite also where all are -inf.
-    highest = at_least(highest * scale, splat(-FLT_MAX));
-    Vec sum = {}, weighted = {};
     if (!first) {
-      const Vec before = load(to.max + at);
-      highest = at_least(before, highest);
-      const Vec down = at_least(before - highest, splat(kLowest)), factor = exp_from_lowest(down);
-      sum = load(to.sum + at) * factor;
-      weighted = (load(to.weighted + at) + down * load(to.sum + at)) * factor;
-    }
-    for (int r = 0; r < n; ++r) {
-      const Vec x = at_least(fma(load(z + r * kPanel + at), scale, -highest), splat(kLowest));
-      const Vec e = exp_from_lowest(x);
-      sum += e;
-      weighted = fma(x, e, weighted);
+      const Vec before = load(to.max + at), both = at_least(before, highest);
+      const auto relative_to_both = [&](Vec max, Vec& sum, Vec& weighted) {
+        const Vec down = at_least(max - both, splat(kLowest)), factor = exp_from_lowest(down);
+        weighted = (weighted + down * sum) * factor;
+        sum = sum * factor;
+      };
+      Vec sum_before = load(to.sum + at), weighted_before = load(to.weighted + at);
+      relative_to_both(before, sum_before, weighted_before);
+      relative_to_both(highest, sum, weighted);
+      sum = sum_before + sum;
+      weighted = weighted_before + weighted;
+      highest = both;
     }
     store(to.max + at, highest);
     store(to.sum + at, sum);

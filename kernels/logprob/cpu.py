@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.logprob.draws import Draws
-from fastrl.kernels.logprob.given import Given
+from fastrl.kernels.logprob.given import Given, Returning
 from fastrl.kernels.logprob.library import Problem, Upstream
 from fastrl.kernels.native import module, pointer, threads
 
@@ -19,7 +19,8 @@ def _kind(tensor: Tensor):
 class _Rows(NamedTuple):
     """The rows to compute, as the kernels read them; it keeps their tensors alive."""
 
-    index: Tensor  # of the rows that are not ignored
+    count: int
+    index: Tensor | None  # of these rows, if there are others
     hidden: Tensor
     weight: Tensor
     target: Tensor | None
@@ -31,8 +32,10 @@ class _Rows(NamedTuple):
     def arguments(self):
         """The same as `fastrl._C.linear_args`."""
         return module().linear_args(
-            *self.hidden.shape,
+            self.count,
+            self.hidden.shape[1],
             self.weight.shape[0],
+            pointer(self.index),
             pointer(self.hidden),
             _kind(self.hidden),
             pointer(self.weight),
@@ -54,19 +57,19 @@ def _check_range(target: Tensor, vocab: int, otherwise: str = "") -> None:
         )
 
 
-def _kept_rows(p: Problem) -> _Rows:
-    flat = p.target.reshape(-1)
-    index = torch.nonzero(flat != p.ignore_index).squeeze(-1)
-    flat = flat[index]
-    _check_range(flat, p.weight.shape[0], f" or be ignore_index={p.ignore_index}")
-    hidden = p.hidden.reshape(-1, p.hidden.shape[-1])
+def _rows(p: Problem) -> _Rows:
+    target = p.target.reshape(-1).contiguous()
+    index = torch.nonzero(target != p.ignore_index).squeeze(-1)
+    valid = target if len(index) == len(target) else target[index]
+    _check_range(valid, p.weight.shape[0], f" or be ignore_index={p.ignore_index}")
     return _Rows(
-        index,
-        hidden.contiguous() if len(index) == len(hidden) else hidden[index],
+        len(index),
+        None if len(index) == len(target) else index,
+        p.hidden.reshape(-1, p.hidden.shape[-1]).contiguous(),
         _readable(p.weight),
-        flat,
+        target,
         _readable_bias(p.bias),
-        _inverse(p, p.target.numel())[index],
+        _inverse(p, len(target)),
         p.softcap,
         p.logit_scale,
     )
@@ -86,44 +89,44 @@ def _readable_bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
-def _scatter(values: Tensor, index: Tensor, rows: torch.Size) -> Tensor:
-    """[*rows, ...] with the values of the kept rows among zeros."""
-    if len(index) < rows.numel():
-        whole = values.new_zeros(rows.numel(), *values.shape[1:])
-        values = whole.index_copy_(0, index, values)
-    return values.view(*rows, *values.shape[1:])
+def _workspace(p: Problem, kept: Tensor):
+    return module().workspace(p.workspace, pointer(kept), kept.numel())
 
 
 def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
-    rows = _kept_rows(p)
-    results = [torch.empty(len(rows.index)) for _ in range(3)]
-    if len(rows.index):
+    rows = _rows(p)
+    new = torch.empty if rows.index is None else torch.zeros  # ignored rows stay 0
+    results = [new(p.target.shape) for _ in range(3)]
+    if rows.count:
         c = module()
-        args = c.linear_logprob_fwd_args(rows.arguments(), *map(pointer, results))
+        args = c.linear_logprob_fwd_args(
+            rows.arguments(), _workspace(p, kept), *map(pointer, results)
+        )
         c.linear_logprob_fwd_cpu(args, threads())
-    return tuple(_scatter(r, rows.index, p.target.shape) for r in results)
+    return tuple(results)
 
 
 def backward(
     p: Problem, kept: Tensor, upstream: Upstream, needed: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    rows = _kept_rows(p)
-    given = [x.reshape(-1)[rows.index].float().contiguous() for x in upstream]
+    rows = _rows(p)
+    given = [x.reshape(-1).float().contiguous() for x in upstream]
     need_hidden, need_weight, need_bias = needed
-    grad_hidden = torch.empty_like(rows.hidden) if need_hidden else None
-    grad_weight = p.weight.new_empty(p.weight.shape) if need_weight else None
-    grad_bias = torch.empty(p.weight.shape[0]) if need_bias else None
-    if len(rows.index):
+    new = torch.empty if rows.index is None else torch.zeros
+    grad_hidden = new(p.hidden.shape, dtype=p.hidden.dtype) if need_hidden else None
+    new = torch.empty if rows.count else torch.zeros
+    grad_weight = new(p.weight.shape, dtype=p.weight.dtype) if need_weight else None
+    grad_bias = new(p.weight.shape[0]) if need_bias else None
+    if rows.count:
         c = module()
-        gradients = map(pointer, (grad_hidden, grad_weight, grad_bias))
-        args = c.linear_logprob_bwd_args(rows.arguments(), *map(pointer, given), *gradients)
+        args = c.linear_logprob_bwd_args(
+            rows.arguments(),
+            _workspace(p, kept),
+            *map(pointer, (*given, grad_hidden, grad_weight, grad_bias)),
+        )
         c.linear_logprob_bwd_cpu(args, threads())
-    else:
-        for gradient in (grad_weight, grad_bias):
-            if gradient is not None:
-                gradient.zero_()
     return (
-        None if grad_hidden is None else _scatter(grad_hidden, rows.index, p.target.shape),
+        grad_hidden,
         grad_weight,
         None if grad_bias is None or p.bias is None else grad_bias.to(p.bias.dtype),
     )
@@ -132,7 +135,8 @@ def backward(
 def sample(d: Draws) -> tuple[Tensor, ...]:
     count = len(d.hidden)
     rows = _Rows(
-        torch.arange(count),
+        count,
+        None,
         d.hidden.contiguous(),
         _readable(d.weight),
         None,
@@ -202,9 +206,9 @@ def logits_forward(g: Given) -> tuple[Tensor, ...]:
     return results
 
 
-def logits_backward(g: Given, upstream: Upstream, into: Tensor) -> None:
+def logits_backward(g: Given, returning: Returning, into: Tensor) -> None:
     held = _held(g)
-    given = [x.float().contiguous() for x in upstream]
+    given = [x.float().contiguous() for x in returning]
     if into.numel():
         c = module()
         args = c.logits_logprob_bwd_args(held.arguments(), *map(pointer, (*given, into)))

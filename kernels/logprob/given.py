@@ -3,7 +3,7 @@
 An implementation is a module named in `library.MODULES` with
 
     logits_forward(given) -> (logprob, lse, entropy)
-    logits_backward(given, upstream, into)      `into` is contiguous; it may be the logits
+    logits_backward(given, returning, into)      `into` is contiguous; it may be the logits
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels.logprob.library import Upstream, implementation
+from fastrl.kernels.logprob.library import implementation
 
 
 class Given(NamedTuple):
@@ -23,6 +23,16 @@ class Given(NamedTuple):
     temperature: float
     inplace_backward: bool
     impl: str
+
+
+class Returning(NamedTuple):
+    """What the backward is given: the forward's statistics, and gradients of its results."""
+
+    lse: Tensor  # [...]
+    entropy: Tensor  # [...]
+    grad_logprob: Tensor  # as target
+    grad_lse: Tensor  # [...]
+    grad_entropy: Tensor  # [...]
 
 
 def _forward(*arguments):
@@ -37,15 +47,15 @@ def _fake_forward(*arguments):
     return tuple(g.logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _split(arguments) -> tuple[Given, Upstream]:
+def _split(arguments) -> tuple[Given, Returning]:
     n = len(Given._fields)
-    return Given(*arguments[:n]), Upstream(*arguments[n:])
+    return Given(*arguments[:n]), Returning(*arguments[n:])
 
 
 def _backward(*arguments):
-    g, upstream = _split(arguments)
+    g, returning = _split(arguments)
     gradient = _fake_backward(*arguments)
-    implementation(g.impl).logits_backward(g, upstream, gradient)
+    implementation(g.impl).logits_backward(g, returning, gradient)
     return gradient
 
 
@@ -55,8 +65,8 @@ def _fake_backward(*arguments):
 
 
 def _backward_inplace(*arguments):
-    g, upstream = _split(arguments)
-    implementation(g.impl).logits_backward(g, upstream, g.logits)
+    g, returning = _split(arguments)
+    implementation(g.impl).logits_backward(g, returning, g.logits)
 
 
 def _fake_backward_inplace(*arguments):
@@ -87,14 +97,14 @@ def _autograd(ctx, *grads):
 _ARGUMENTS = (
     "Tensor target, Tensor? temperatures, float temperature, bool inplace_backward, str impl"
 )
-_UPSTREAM = ", ".join(f"Tensor {name}" for name in Upstream._fields)
+_RETURNING = ", ".join(f"Tensor {name}" for name in Returning._fields)
 _library = torch.library.Library("fastrl", "FRAGMENT")
 for _name, _tail, _run, _fake in (
     ("", f"(Tensor logits, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward),
-    ("_bwd", f"(Tensor logits, {_ARGUMENTS}, {_UPSTREAM}) -> Tensor", _backward, _fake_backward),
+    ("_bwd", f"(Tensor logits, {_ARGUMENTS}, {_RETURNING}) -> Tensor", _backward, _fake_backward),
     (
         "_bwd_",
-        f"(Tensor(a!) logits, {_ARGUMENTS}, {_UPSTREAM}) -> ()",
+        f"(Tensor(a!) logits, {_ARGUMENTS}, {_RETURNING}) -> ()",
         _backward_inplace,
         _fake_backward_inplace,
     ),
