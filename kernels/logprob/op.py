@@ -253,7 +253,8 @@ def linear_sample(
 
     Gumbel-argmax with noise that is a pure function of (seed, position, vocabulary entry), so a
     row's token does not depend on the rows beside it. Truncation is top-k, then top-p, then min-p;
-    temperature 0 is greedy. hidden `[M, H]`, weight `[V, H]`; seeds and positions `[M]` int64.
+    temperature 0 is greedy. Only truncation holds logits, of as many rows as fit in 128 MB on a CPU
+    (all rows in the reference). hidden `[M, H]`, weight `[V, H]`; seeds and positions `[M]` int64.
     Returns `Samples`: token `[M]` int64; logprob `[M]` float32 under the distribution sampled from
     (0 when greedy); untruncated_logprob `[M]` float32 under the untruncated one (at temperature 1
     when greedy). A DTensor weight or bias, as of linear_logprob, is gathered for the call. Raises
