@@ -37,7 +37,7 @@ template <class Kind>
 Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   constexpr int64_t kFloats = 3 << 19;
   Plan plan;
-  plan.capacity = tokens_at_once(a);
+  plan.capacity = tokens_at_once<Kind>(a);
   plan.padded = round_up(plan.capacity, kPanel);
   plan.columns = round_up(a.width, kPanel);
   const int64_t fit = std::min<int64_t>(std::max<int64_t>(kFloats / a.width, 1), 768);
@@ -97,6 +97,9 @@ class Backward {
                   : 0) {}
 
   void run() {
+    if (args_.grad_weight) {
+      use_huge_pages(args_.grad_weight, a_.vocab * a_.width * bytes(a_.weight_type));
+    }
     if (want_weight_) {
       walk_vocabulary(args_.grad_hidden && one_walk_);
     }
