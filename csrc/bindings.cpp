@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/logits.h"
 #include "cpu/logprob.h"
 #include "cpu/pool.h"
 #include "cpu/sample.h"
@@ -17,6 +18,9 @@ namespace py = pybind11;
 using fastrl::Float;
 using fastrl::GaeArgs;
 using fastrl::LinearArgs;
+using fastrl::LogitsArgs;
+using fastrl::LogitsBackwardArgs;
+using fastrl::LogitsForwardArgs;
 using fastrl::LogprobBackwardArgs;
 using fastrl::LogprobForwardArgs;
 using fastrl::ReturnsArgs;
@@ -71,6 +75,12 @@ void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args, int threads) {
   FASTRL_DISPATCH(linear_logprob_bwd, args, threads)
 }
 
+void logits_logprob_fwd_cpu(const LogitsForwardArgs& args, int threads) {
+  FASTRL_DISPATCH(logits_logprob_fwd, args, threads)
+}
+void logits_logprob_bwd_cpu(const LogitsBackwardArgs& args, int threads) {
+  FASTRL_DISPATCH(logits_logprob_bwd, args, threads)
+}
 void linear_sample_cpu(const SampleArgs& args,
                        int threads){FASTRL_DISPATCH(linear_sample, args, threads)}
 
@@ -135,6 +145,35 @@ LogprobBackwardArgs backward_args(const LinearArgs& linear, const Workspace& wor
           pointer<float>(grad_bias)};
 }
 
+LogitsArgs logits_args(int64_t rows, int64_t vocab, int64_t targets, Address logits, Float type,
+                       Address offset, Address inv_temperature, Address target) {
+  return {rows,
+          vocab,
+          targets,
+          pointer<const void>(logits),
+          type,
+          pointer<const int64_t>(offset),
+          pointer<const float>(inv_temperature),
+          pointer<const int64_t>(target)};
+}
+
+LogitsForwardArgs logits_forward_args(const LogitsArgs& logits, Address logprob, Address lse,
+                                      Address entropy) {
+  return {logits, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
+}
+
+LogitsBackwardArgs logits_backward_args(const LogitsArgs& logits, Address lse, Address entropy,
+                                        Address grad_logprob, Address grad_lse,
+                                        Address grad_entropy, Address grad) {
+  return {logits,
+          pointer<const float>(lse),
+          pointer<const float>(entropy),
+          pointer<const float>(grad_logprob),
+          pointer<const float>(grad_lse),
+          pointer<const float>(grad_entropy),
+          pointer<void>(grad)};
+}
+
 }  // namespace
 
 // Kernels run without the GIL. The last argument is a number of threads, or a stream on a GPU.
@@ -188,9 +227,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LogprobForwardArgs>(m, "linear_logprob_fwd_args").def(py::init(&forward_args));
   py::class_<LogprobBackwardArgs>(m, "linear_logprob_bwd_args").def(py::init(&backward_args));
   py::class_<SampleArgs>(m, "linear_sample_args").def(py::init(&sample_args));
+  py::class_<LogitsArgs>(m, "logits_args").def(py::init(&logits_args));
+  py::class_<LogitsForwardArgs>(m, "logits_logprob_fwd_args").def(py::init(&logits_forward_args));
+  py::class_<LogitsBackwardArgs>(m, "logits_logprob_bwd_args").def(py::init(&logits_backward_args));
 
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
   m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());
+  m.def("logits_logprob_fwd_cpu", &logits_logprob_fwd_cpu, release());
+  m.def("logits_logprob_bwd_cpu", &logits_logprob_bwd_cpu, release());
   m.def("linear_sample_cpu", &linear_sample_cpu, release());
   m.def("gae_cpu", &gae_cpu, release());
   m.def("discounted_returns_cpu", &returns_cpu, release());

@@ -13,9 +13,9 @@ import pytest
 from fastrl.kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_logprob.py",)
-# A matrix of many rows and no depth takes an emulated tile for minutes.
-SLOW = "not more_logits_than_int32"
+TESTS = ("test_logprob.py", "test_sample.py")
+# Matrices of many rows and no depth take emulated tiles for minutes.
+SLOW = "not more_logits_than_int32 and not beyond_one_group"
 
 
 def why_not() -> str | None:

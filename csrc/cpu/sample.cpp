@@ -247,7 +247,7 @@ class Sampler {
 }  // namespace
 
 void linear_sample(const SampleArgs& args, int threads) {
-#if defined(__AVX512BF16__)
+#ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
     return Sampler<Pairs>(args, threads).run();
   }
