@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MODULES = {"cpu": "cpu"}  # of each implementation
+MODULES = {"cpu": "cpu", "triton": "triton_kernels", "cuda": "cuda"}  # of each implementation
 
 
 class Problem(NamedTuple):

@@ -9,7 +9,7 @@ from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
 HAS: dict[str, tuple[str, ...]] = {
-    "linear_logprob": ("cpu",),
+    "linear_logprob": ("cpu", "triton", "cuda"),
     "linear_sample": (),
     "logprob_from_logits": (),
 }

@@ -1,0 +1,497 @@
+"""linear_logprob in Triton: the product and the softmax's statistics in one kernel.
+
+A program computes one tile of logits, [M tokens, N vocabulary entries], and reduces it to a maximum
+and two sums of every row; a second kernel merges the tiles of a row in the vocabulary's order. Tiles
+have one size for any number of tokens, so a row's statistics and the gradient of its logits are
+the same bits in any batch. (The two products with that gradient are cuBLAS's, see `gpu.py`: they
+repeat bit for bit, but a row of grad_hidden may differ in its last bits from batch to batch.)
+
+Where the operands allow it, Hopper's copy engine fetches the tiles (tensor descriptors).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastrl.kernels.logprob import gpu
+from fastrl.kernels.logprob.library import Problem, Upstream
+
+
+class Tile(NamedTuple):
+    """A program's tokens, vocabulary entries and step along H, and how it is compiled."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+HALF = Tile(128, 256, 64, 8, 3)  # bf16 and fp16: tensor cores
+FLOAT = Tile(64, 64, 32, 4, 2)  # float32: never TF32
+GROUP = 16  # blocks of tokens that share a stretch of the weights in L2
+PARTIAL_BYTES = 64 * 2**20  # of statistics of tiles at once
+MERGE = (64, 16)  # tiles and tokens that a merging program reads at once
+KEPT_ROWS = 32  # tokens of a program that reads the workspace
+
+LOWEST = tl.constexpr(-1e30)  # stands for -inf: finite, so that 0 times it is 0
+
+
+@triton.jit
+def _tanh(x):
+    return 1 - 2 / (tl.exp(2 * x) + 1)
+
+
+@triton.jit
+def _place(rows, tiles, M: tl.constexpr, GROUP: tl.constexpr):
+    """A program's block of tokens and tile of the vocabulary: tokens first, group by group."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(rows, M)
+    first = pid // (GROUP * tiles) * GROUP
+    size = tl.minimum(blocks - first, GROUP)
+    rest = pid % (GROUP * tiles)
+    return first + rest % size, rest // size
+
+
+@triton.jit
+def _product(
+    hidden,
+    weight,
+    row,
+    column,
+    rows,
+    vocab,
+    width,
+    weight_stride,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    total = tl.zeros((M, N), tl.float32)
+    if DESCRIBED:
+        for k in range(0, width, K):
+            x = hidden.load([row, k])
+            w = weight.load([column, k])
+            if WIDE:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            total = tl.dot(x, w.T, total, input_precision="ieee")
+    else:
+        # Beyond the end the last row is read again; nobody looks at what comes of it.
+        i = tl.minimum(row + tl.arange(0, M), rows - 1).to(tl.int64)
+        j = tl.minimum(column + tl.arange(0, N), vocab - 1).to(tl.int64)
+        step = tl.arange(0, K)
+        xs = hidden + i[:, None] * width + step[None, :]
+        ws = weight + j[None, :] * weight_stride + step[:, None]
+        for k in range(0, width, K):
+            if WHOLE:
+                x = tl.load(xs)
+                w = tl.load(ws)
+            else:
+                x = tl.load(xs, mask=(step < width - k)[None, :], other=0.0)
+                w = tl.load(ws, mask=(step < width - k)[:, None], other=0.0)
+            if WIDE:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            total = tl.dot(x, w, total, input_precision="ieee")
+            xs += K
+            ws += K
+    return total
+
+
+@triton.jit
+def _cap(
+    product,
+    bias,
+    column,
+    vocab,
+    logit_scale,
+    softcap,
+    N: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The logits before the temperature."""
+    z = product
+    if BIAS:
+        j = column + tl.arange(0, N)
+        z += tl.load(bias + j, mask=j < vocab, other=0.0)[None, :]
+    z *= logit_scale
+    if SOFTCAP:
+        z = softcap * _tanh(z / softcap)
+    return z
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "tiles", "kept_tiles", "kept_rows"])
+def _fwd_kernel(
+    hidden,
+    weight,
+    bias,
+    inv_temperature,
+    target,
+    highest,
+    total,
+    weighted,
+    at_target,
+    kept_exps,
+    kept_highest,
+    rows,
+    vocab,
+    width,
+    weight_stride,
+    tiles,
+    kept_tiles,
+    kept_rows,
+    kept_stride,
+    logit_scale,
+    softcap,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    block, tile = _place(rows, tiles, M, GROUP)
+    row, column = block * M, tile * N
+    z = _product(
+        *(hidden, weight, row, column, rows, vocab, width, weight_stride),
+        *(M, N, K, DESCRIBED, WHOLE, WIDE),
+    )
+    z = _cap(z, bias, column, vocab, logit_scale, softcap, N, BIAS, SOFTCAP)
+    i = row + tl.arange(0, M)
+    j = column + tl.arange(0, N)
+    inside = i < rows
+    z *= tl.load(inv_temperature + i, mask=inside, other=0.0)[:, None]
+    z = tl.where((j < vocab)[None, :] & ~(z < LOWEST), z, LOWEST)  # a NaN stays one
+
+    wanted = tl.load(target + i, mask=inside, other=-1)
+    here = (wanted >= column) & (wanted < column + N)
+    if tl.max(here.to(tl.int32), 0) > 0:
+        found = tl.sum(tl.where(wanted[:, None] == j[None, :], z, 0.0), 1)
+        tl.store(at_target + i, found, mask=here)
+
+    top = tl.max(z, 1)
+    z -= top[:, None]
+    exps = tl.exp(z)
+    at = tile.to(tl.int64) * rows + i
+    tl.store(highest + at, top, mask=inside)
+    tl.store(total + at, tl.sum(exps, 1), mask=inside)
+    tl.store(weighted + at, tl.sum(exps * z, 1), mask=inside)
+    if KEEP:
+        if tile < kept_tiles:
+            places = kept_exps + i.to(tl.int64)[:, None] * kept_stride + j[None, :]
+            tl.store(places, (exps * KEEP).to(kept_exps.dtype.element_ty), mask=inside[:, None])
+            tl.store(kept_highest + tile.to(tl.int64) * kept_rows + i, top, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def _merge_kernel(
+    highest,
+    total,
+    weighted,
+    at_target,
+    logprob,
+    lse,
+    entropy,
+    rows,
+    tiles,
+    T: tl.constexpr,
+    M: tl.constexpr,
+):
+    i = tl.program_id(0) * M + tl.arange(0, M)
+    inside = i < rows
+    top = tl.full((M,), LOWEST, tl.float32)
+    s = tl.zeros((M,), tl.float32)
+    w = tl.zeros((M,), tl.float32)
+    for first in range(0, tiles, T):
+        tile = first + tl.arange(0, T)
+        at = tile.to(tl.int64)[:, None] * rows + i[None, :]
+        there = (tile < tiles)[:, None] & inside[None, :]
+        tops = tl.load(highest + at, mask=there, other=LOWEST)
+        new = tl.maximum(top, tl.max(tops, 0))
+        down = tops - new[None, :]
+        factor = tl.exp(down)
+        sums = tl.load(total + at, mask=there, other=0.0)
+        # Sums count from their own maximum: from the new one every logit is `down` further.
+        spread = tl.load(weighted + at, mask=there, other=0.0) + down * sums
+        before = top - new
+        w = (w + before * s) * tl.exp(before) + tl.sum(spread * factor, 0)
+        s = s * tl.exp(before) + tl.sum(sums * factor, 0)
+        top = new
+    log_sum = tl.log(s)
+    tl.store(lse + i, top + log_sum, mask=inside)
+    found = tl.load(at_target + i, mask=inside, other=0.0)
+    tl.store(logprob + i, found - top - log_sum, mask=inside)
+    tl.store(entropy + i, log_sum - w / s, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "tiles", "first_tile"])
+def _bwd_kernel(
+    hidden,
+    weight,
+    bias,
+    inv_temperature,
+    target,
+    lse,
+    entropy,
+    of_p,
+    of_spread,
+    of_target,
+    gradient,
+    sums,
+    rows,
+    vocab,
+    width,
+    weight_stride,
+    tiles,
+    first_tile,
+    gradient_stride,
+    logit_scale,
+    softcap,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    block, tile = _place(rows, tiles, M, GROUP)
+    row, column = block * M, (first_tile + tile) * N
+    z = _product(
+        *(hidden, weight, row, column, rows, vocab, width, weight_stride),
+        *(M, N, K, DESCRIBED, WHOLE, WIDE),
+    )
+    z = _cap(z, bias, column, vocab, logit_scale, softcap, N, BIAS, SOFTCAP)
+    i = row + tl.arange(0, M)
+    j = column + tl.arange(0, N)
+    inside = i < rows
+    if SOFTCAP:
+        bent = 1 - (z / softcap) * (z / softcap)
+    z *= tl.load(inv_temperature + i, mask=inside, other=0.0)[:, None]
+    z = tl.where(z < LOWEST, LOWEST, z) - tl.load(lse + i, mask=inside, other=0.0)[:, None]
+    # of_p - of_spread (log p + entropy), the row's part first
+    spread = tl.load(of_spread + i, mask=inside, other=0.0)
+    of_row = tl.load(of_p + i, mask=inside, other=0.0)
+    of_row -= spread * tl.load(entropy + i, mask=inside, other=0.0)
+    g = tl.exp(z) * (of_row[:, None] - spread[:, None] * z)
+    wanted = tl.load(target + i, mask=inside, other=-1)
+    slope = tl.load(of_target + i, mask=inside, other=0.0)
+    g += tl.where(wanted[:, None] == j[None, :], slope[:, None], 0.0)
+    if SOFTCAP:
+        g *= bent
+    valid = inside[:, None] & (j < vocab)[None, :]
+    if SUMS:
+        at = block.to(tl.int64) * gradient_stride + tile * N + tl.arange(0, N)
+        tl.store(sums + at, tl.sum(tl.where(valid, g, 0.0), 0), mask=j < vocab)
+    columns = tile * N + tl.arange(0, N)
+    places = gradient + i.to(tl.int64)[:, None] * gradient_stride + columns[None, :]
+    tl.store(places, g.to(gradient.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "tiles", "first_tile"])
+def _bwd_kept_kernel(
+    kept_exps,
+    kept_highest,
+    at_target,
+    inv_temperature,
+    target,
+    lse,
+    entropy,
+    of_p,
+    of_spread,
+    of_target,
+    gradient,
+    sums,
+    rows,
+    vocab,
+    tiles,
+    first_tile,
+    gradient_stride,
+    kept_stride,
+    softcap,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    KEPT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    tile = tl.program_id(0) % tiles
+    block = tl.program_id(0) // tiles
+    i = block * M + tl.arange(0, M)
+    j = (first_tile + tile) * N + tl.arange(0, N)
+    inside = i < rows
+    valid = inside[:, None] & (j < vocab)[None, :]
+    i64 = i.to(tl.int64)
+    exps = tl.load(kept_exps + i64[:, None] * kept_stride + j[None, :], mask=valid, other=0.0)
+    exps = exps.to(tl.float32) * (1 / KEPT)
+    top = tl.load(
+        kept_highest + (first_tile + tile).to(tl.int64) * rows + i, mask=inside, other=0.0
+    )
+    z = tl.where(exps > 0, tl.log(exps), LOWEST) + top[:, None]
+    wanted = tl.load(target + i, mask=inside, other=-1)
+    here = wanted[:, None] == j[None, :]
+    z = tl.where(here, tl.load(at_target + i, mask=inside, other=0.0)[:, None], z)
+    if SOFTCAP:
+        capped = z / tl.load(inv_temperature + i, mask=inside, other=1.0)[:, None] / softcap
+        bent = tl.maximum(1 - capped * capped, 0.0)
+    z -= tl.load(lse + i, mask=inside, other=0.0)[:, None]
+    spread = tl.load(of_spread + i, mask=inside, other=0.0)
+    of_row = tl.load(of_p + i, mask=inside, other=0.0)
+    of_row -= spread * tl.load(entropy + i, mask=inside, other=0.0)
+    g = tl.exp(z) * (of_row[:, None] - spread[:, None] * z)
+    slope = tl.load(of_target + i, mask=inside, other=0.0)
+    g += tl.where(here, slope[:, None], 0.0)
+    if SOFTCAP:
+        g *= bent
+    columns = tile * N + tl.arange(0, N)
+    if SUMS:
+        at = block.to(tl.int64) * gradient_stride + columns
+        tl.store(sums + at, tl.sum(tl.where(valid, g, 0.0), 0), mask=j < vocab)
+    places = gradient + i64[:, None] * gradient_stride + columns[None, :]
+    tl.store(places, g.to(gradient.dtype.element_ty), mask=valid)
+
+
+def tile_for(dtype: torch.dtype) -> Tile:
+    return FLOAT if dtype == torch.float32 else HALF
+
+
+def _copied_by_the_engine(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.itemsize % 16 == 0
+
+
+def _operands(rows: gpu.Rows, tile: Tile) -> tuple[tuple, dict[str, object]]:
+    """The kernels' first arguments, and the flags and sizes that all products share."""
+    hidden, weight = rows.hidden, rows.weight
+    described = (
+        rows.dtype != torch.float32
+        and _has_copy_engine(hidden)
+        and _copied_by_the_engine(hidden)
+        and _copied_by_the_engine(weight)
+    )
+    operands: tuple = (hidden, weight)
+    if described:
+        operands = (
+            TensorDescriptor.from_tensor(hidden, [tile.m, tile.k]),
+            TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
+        )
+    return operands, {
+        "M": tile.m,
+        "N": tile.n,
+        "K": tile.k,
+        "GROUP": GROUP,
+        "DESCRIBED": described,
+        "WHOLE": hidden.shape[1] % tile.k == 0,
+        # The interpreter would multiply the integers that hold bf16.
+        "WIDE": hidden.dtype != weight.dtype or not hidden.is_cuda,
+        "BIAS": rows.bias is not None,
+        "SOFTCAP": rows.softcap != 0,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _has_copy_engine(tensor: Tensor) -> bool:
+    """Hopper and later; the interpreter takes descriptors too."""
+    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
+    rows = gpu.kept_rows(p)
+    n, (vocab, width) = len(rows.target), rows.weight.shape
+    tile = tile_for(rows.dtype)
+    tiles = triton.cdiv(vocab, tile.n)
+    store = gpu.split_workspace(kept, rows, tile.n)
+    new = rows.inv_temperature.new_empty
+    logprob, lse, entropy = (new(n) for _ in range(3))
+    at_target = new(n) if store is None else store.at_target
+    most = max(PARTIAL_BYTES // (12 * tiles) // tile.m, 1) * tile.m
+    highest, total, weighted = (new(tiles, min(n, most)) for _ in range(3))
+    with gpu.on(rows.hidden):
+        for first in range(0, n, most):
+            part = slice(first, min(first + most, n))
+            some = rows._replace(hidden=rows.hidden[part])
+            count = len(some.hidden)
+            operands, flags = _operands(some, tile)
+            _fwd_kernel[(triton.cdiv(count, tile.m) * tiles,)](
+                *operands,
+                rows.bias,
+                rows.inv_temperature[part],
+                rows.target[part],
+                *(highest, total, weighted, at_target[part]),
+                None if store is None else store.exps[part],
+                None if store is None else store.highest[:, part],
+                *(count, vocab, width, rows.weight.stride(0), tiles),
+                *((0, 0, 0) if store is None else (len(store.highest), n, store.exps.shape[1])),
+                *(rows.logit_scale, rows.softcap),
+                **flags,
+                KEEP=0 if store is None else gpu.kept_scale(rows.dtype),
+            )
+            _merge_kernel[(triton.cdiv(count, MERGE[1]),)](
+                *(highest, total, weighted, at_target[part]),
+                *(logprob[part], lse[part], entropy[part]),
+                *(count, tiles),
+                *MERGE,
+            )
+    return tuple(gpu.scatter(x, rows.index, p.target.shape) for x in (logprob, lse, entropy))
+
+
+def _fill(
+    rows: gpu.Rows,
+    slopes: gpu.Slopes,
+    kept: gpu.Kept | None,
+    first: int,
+    gradient: Tensor,
+    sums: Tensor | None,
+) -> None:
+    """See gpu.Fill."""
+    tile = tile_for(rows.dtype)
+    n, columns = gradient.shape
+    tiles, m = triton.cdiv(columns, tile.n), tile.m if kept is None else KEPT_ROWS
+    blocks, stride = triton.cdiv(n, m), gradient.stride(0)
+    partial = None if sums is None else rows.inv_temperature.new_empty(blocks, stride)
+    of_rows = (rows.inv_temperature, rows.target, *slopes)
+    if kept is None:
+        operands, flags = _operands(rows, tile)
+        _bwd_kernel[(blocks * tiles,)](
+            *(*operands, rows.bias, *of_rows, gradient, partial),
+            *(n, *rows.weight.shape, rows.weight.stride(0), tiles, first // tile.n, stride),
+            *(rows.logit_scale, rows.softcap),
+            **flags,
+            SUMS=sums is not None,
+        )
+    else:
+        _bwd_kept_kernel[(blocks * tiles,)](
+            *(kept.exps, kept.highest, kept.at_target, *of_rows, gradient, partial),
+            *(n, rows.weight.shape[0], tiles, first // tile.n, stride, kept.exps.shape[1]),
+            rows.softcap,
+            M=m,
+            N=tile.n,
+            KEPT=gpu.kept_scale(rows.dtype),
+            SOFTCAP=rows.softcap != 0,
+            SUMS=sums is not None,
+        )
+    if sums is not None and partial is not None:
+        torch.sum(partial[:, :columns], 0, out=sums)
+
+
+def backward(
+    p: Problem, kept: Tensor, upstream: Upstream, needed: list[bool]
+) -> tuple[Tensor | None, ...]:
+    block = tile_for(gpu.meeting_dtype(p.hidden, p.weight)).n
+    return gpu.backward(p, kept, upstream, needed, _fill, block)
