@@ -72,11 +72,14 @@ def compile_triton(
     capability: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    maxnreg: int | None = None,
+    aligned: tuple[str, ...] = (),
 ) -> Cost:
     """Compiles a ``@triton.jit`` kernel for ``capability`` (80, 90).
 
     ``signature`` gives Triton's type of each argument ("*fp32", "i64", ...) in order, ``constants``
-    the value of each tl.constexpr and of each pointer that is None.
+    the value of each tl.constexpr and of each pointer that is None; ``aligned`` names the pointers
+    and sizes that are multiples of 16, as Triton finds out at a launch.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -84,10 +87,16 @@ def compile_triton(
 
     types = {**signature, **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     compiled = triton.compile(
-        ASTSource(kernel, {n: types[n] for n in names}, constexprs=constants),
+        ASTSource(kernel, {n: types[n] for n in names}, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "maxnreg": maxnreg,
+            "enable_fp_fusion": True,
+        },
     )
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -18,6 +18,7 @@ from fastrl.kernels.logprob.library import Problem, Upstream
 
 GRADIENT_BYTES = 128 * 2**20  # of logit gradients at once
 COLUMNS = 256  # a chunk of the vocabulary is a multiple of these, unless it ends it
+STRIPE = 64  # columns of the workspace with one maximum
 FP16_TOP = 13  # fp16 gradients are scaled to about 2**13, so that small probabilities survive
 
 
@@ -52,11 +53,15 @@ class Slopes(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The workspace: what the forward knew of the first blocks of the vocabulary."""
+    """The workspace: what the forward knew of the first columns of the vocabulary."""
 
-    exps: Tensor  # [n, blocks * block], as they are multiplied: kept_scale * exp(z - highest)
+    exps: Tensor  # [n, columns], as they are multiplied: kept_scale * exp(z - highest)
     at_target: Tensor  # [n] float32: z of the target, whose probability must not be rounded
-    highest: Tensor  # [blocks, n] float32
+    highest: Tensor  # [columns / STRIPE, n] float32, of each stripe of a row
+
+    @property
+    def columns(self) -> int:
+        return self.exps.shape[1]
 
 
 def kept_rows(p: Problem) -> Rows:
@@ -97,21 +102,22 @@ def kept_scale(dtype: torch.dtype) -> int:
     return 2**15 if dtype == torch.float16 else 1
 
 
-def split_workspace(kept: Tensor, rows: Rows, block: int) -> Kept | None:
-    """Views of the workspace for as many whole blocks of the vocabulary as fit; None for none."""
+def split_workspace(kept: Tensor, rows: Rows) -> Kept | None:
+    """Views of the workspace for as many columns of the vocabulary as fit; None for none."""
     n, vocab, size = len(rows.target), rows.weight.shape[0], rows.dtype.itemsize
     if n == 0:
         return None
-    each, padded = n * (size * block + 4), -(-n // 4) * 4
-    blocks = min((kept.numel() - 4 * padded) // each, -(-vocab // block))
-    if blocks <= 0:
+    each, padded = n * (size + 4 / STRIPE), -(-n // 4) * 4
+    columns = int((kept.numel() - 4 * padded) / each)
+    columns = min(columns // COLUMNS, -(-vocab // COLUMNS)) * COLUMNS
+    if columns <= 0:
         return None
-    parts = [size * n * blocks * block, 4 * padded, 4 * n * blocks]
+    parts = [size * n * columns, 4 * padded, 4 * n * columns // STRIPE]
     exps, at_target, highest = kept[: sum(parts)].split(parts)
     return Kept(
-        exps.view(rows.dtype).view(n, blocks * block),
+        exps.view(rows.dtype).view(n, columns),
         at_target.view(torch.float32)[:n],
-        highest.view(torch.float32).view(blocks, n),
+        highest.view(torch.float32).view(-1, n),
     )
 
 
@@ -195,7 +201,7 @@ Fill = Callable[[Rows, Slopes, Kept | None, int, Tensor, Tensor | None], None]
 
 
 def backward(
-    p: Problem, kept: Tensor, upstream: Upstream, needed: list[bool], fill: Fill, block: int
+    p: Problem, kept: Tensor, upstream: Upstream, needed: list[bool], fill: Fill
 ) -> tuple[Tensor | None, ...]:
     rows = kept_rows(p)
     n, (vocab, width) = len(rows.target), rows.weight.shape
@@ -209,8 +215,8 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
     else:
-        store = split_workspace(kept, rows, block)
-        kept_columns = 0 if store is None else min(store.exps.shape[1], vocab)
+        store = split_workspace(kept, rows)
+        kept_columns = 0 if store is None else min(store.columns, vocab)
         slopes, scale = _slopes(p, rows, upstream)
         hidden = rows.hidden.to(rows.dtype)
         most = GRADIENT_BYTES // (n * hidden.itemsize) // COLUMNS * COLUMNS

@@ -31,7 +31,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-HALF = Tile(128, 256, 64, 8, 3)  # bf16 and fp16: tensor cores
+ENGINE = Tile(128, 256, 64, 8, 3)  # bf16 and fp16, fetched by Hopper's copy engine
+HALF = Tile(128, 128, 64, 8, 3)  # bf16 and fp16
 FLOAT = Tile(64, 64, 32, 4, 2)  # float32: never TF32
 GROUP = 16  # blocks of tokens that share a stretch of the weights in L2
 PARTIAL_BYTES = 64 * 2**20  # of statistics of tiles at once
@@ -44,6 +45,38 @@ LOWEST = tl.constexpr(-1e30)  # stands for -inf: finite, so that 0 times it is 0
 @triton.jit
 def _tanh(x):
     return 1 - 2 / (tl.exp(2 * x) + 1)
+
+
+@triton.jit
+def _halves(x, M: tl.constexpr, N: tl.constexpr):
+    return x.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _stripes(x, M: tl.constexpr, N: tl.constexpr, STRIPE: tl.constexpr):
+    """The columns in stripes: one after the other they need fewer registers than all at once."""
+    if N == STRIPE:
+        return (x,)
+    elif N == 2 * STRIPE:
+        return _halves(x, M, N)
+    else:
+        tl.static_assert(N == 4 * STRIPE)
+        left, right = _halves(x, M, N)
+        a, b = _halves(left, M, N // 2)
+        c, d = _halves(right, M, N // 2)
+        return a, b, c, d
+
+
+@triton.jit
+def _merge(top, s, w, other_top, other_s, other_w):
+    """Statistics of two sets of logits: the maximum, and from it sums of exp z and of z exp z."""
+    new = tl.maximum(top, other_top)
+    down = top - new
+    other_down = other_top - new
+    factor = tl.exp(down)
+    other_factor = tl.exp(other_down)
+    w = (w + down * s) * factor + (other_w + other_down * other_s) * other_factor
+    return new, s * factor + other_s * other_factor, w
 
 
 @triton.jit
@@ -108,21 +141,13 @@ def _product(
 
 @triton.jit
 def _cap(
-    product,
-    bias,
-    column,
-    vocab,
-    logit_scale,
-    softcap,
-    N: tl.constexpr,
-    BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    product, bias, j, vocab, logit_scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr
 ):
-    """The logits before the temperature."""
+    """The logits of entries j before the temperature."""
     z = product
     if BIAS:
-        j = column + tl.arange(0, N)
-        z += tl.load(bias + j, mask=j < vocab, other=0.0)[None, :]
+        b = tl.load(bias + j, mask=j < vocab, other=0.0)
+        z += tl.where(b < LOWEST, LOWEST, b)[None, :]
     z *= logit_scale
     if SOFTCAP:
         z = softcap * _tanh(z / softcap)
@@ -155,6 +180,7 @@ def _fwd_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    STRIPE: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIBED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -165,35 +191,43 @@ def _fwd_kernel(
 ):
     block, tile = _place(rows, tiles, M, GROUP)
     row, column = block * M, tile * N
-    z = _product(
+    product = _product(
         *(hidden, weight, row, column, rows, vocab, width, weight_stride),
         *(M, N, K, DESCRIBED, WHOLE, WIDE),
     )
-    z = _cap(z, bias, column, vocab, logit_scale, softcap, N, BIAS, SOFTCAP)
+    stripes = _stripes(product, M, N, STRIPE)
     i = row + tl.arange(0, M)
-    j = column + tl.arange(0, N)
     inside = i < rows
-    z *= tl.load(inv_temperature + i, mask=inside, other=0.0)[:, None]
-    z = tl.where((j < vocab)[None, :] & ~(z < LOWEST), z, LOWEST)  # a NaN stays one
-
+    inverse = tl.load(inv_temperature + i, mask=inside, other=0.0)
     wanted = tl.load(target + i, mask=inside, other=-1)
     here = (wanted >= column) & (wanted < column + N)
-    if tl.max(here.to(tl.int32), 0) > 0:
-        found = tl.sum(tl.where(wanted[:, None] == j[None, :], z, 0.0), 1)
-        tl.store(at_target + i, found, mask=here)
-
-    top = tl.max(z, 1)
-    z -= top[:, None]
-    exps = tl.exp(z)
+    any_here = tl.max(here.to(tl.int32), 0) > 0
+    found = tl.zeros((M,), tl.float32)
+    top = tl.full((M,), LOWEST, tl.float32)
+    s = tl.zeros((M,), tl.float32)
+    w = tl.zeros((M,), tl.float32)
+    for q in tl.static_range(N // STRIPE):
+        j = column + q * STRIPE + tl.arange(0, STRIPE)
+        z = _cap(stripes[q], bias, j, vocab, logit_scale, softcap, BIAS, SOFTCAP) * inverse[:, None]
+        z = tl.where((j < vocab)[None, :], z, LOWEST)
+        if any_here:
+            found += tl.sum(tl.where(wanted[:, None] == j[None, :], z, 0.0), 1)
+        of_stripe = tl.max(z, 1)
+        z -= of_stripe[:, None]
+        exps = tl.exp(z)
+        if KEEP:
+            if tile < kept_tiles:
+                places = kept_exps + i.to(tl.int64)[:, None] * kept_stride + j[None, :]
+                kept = (exps * KEEP).to(kept_exps.dtype.element_ty)
+                tl.store(places, kept, mask=inside[:, None])
+                at = (tile * (N // STRIPE) + q).to(tl.int64) * kept_rows + i
+                tl.store(kept_highest + at, of_stripe, mask=inside)
+        top, s, w = _merge(top, s, w, of_stripe, tl.sum(exps, 1), tl.sum(exps * z, 1))
+    tl.store(at_target + i, found, mask=here)
     at = tile.to(tl.int64) * rows + i
     tl.store(highest + at, top, mask=inside)
-    tl.store(total + at, tl.sum(exps, 1), mask=inside)
-    tl.store(weighted + at, tl.sum(exps * z, 1), mask=inside)
-    if KEEP:
-        if tile < kept_tiles:
-            places = kept_exps + i.to(tl.int64)[:, None] * kept_stride + j[None, :]
-            tl.store(places, (exps * KEEP).to(kept_exps.dtype.element_ty), mask=inside[:, None])
-            tl.store(kept_highest + tile.to(tl.int64) * kept_rows + i, top, mask=inside)
+    tl.store(total + at, s, mask=inside)
+    tl.store(weighted + at, w, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -263,6 +297,7 @@ def _bwd_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    STRIPE: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIBED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -273,38 +308,39 @@ def _bwd_kernel(
 ):
     block, tile = _place(rows, tiles, M, GROUP)
     row, column = block * M, (first_tile + tile) * N
-    z = _product(
+    product = _product(
         *(hidden, weight, row, column, rows, vocab, width, weight_stride),
         *(M, N, K, DESCRIBED, WHOLE, WIDE),
     )
-    z = _cap(z, bias, column, vocab, logit_scale, softcap, N, BIAS, SOFTCAP)
+    stripes = _stripes(product, M, N, STRIPE)
     i = row + tl.arange(0, M)
-    j = column + tl.arange(0, N)
     inside = i < rows
-    if SOFTCAP:
-        bent = 1 - (z / softcap) * (z / softcap)
-    z *= tl.load(inv_temperature + i, mask=inside, other=0.0)[:, None]
-    z = tl.where(z < LOWEST, LOWEST, z) - tl.load(lse + i, mask=inside, other=0.0)[:, None]
+    inverse = tl.load(inv_temperature + i, mask=inside, other=1.0)
+    wanted = tl.load(target + i, mask=inside, other=-1)
+    slope = tl.load(of_target + i, mask=inside, other=0.0)
+    lse_of = tl.load(lse + i, mask=inside, other=0.0)
     # of_p - of_spread (log p + entropy), the row's part first
     spread = tl.load(of_spread + i, mask=inside, other=0.0)
     of_row = tl.load(of_p + i, mask=inside, other=0.0)
-    of_row -= spread * tl.load(entropy + i, mask=inside, other=0.0)
-    g = tl.exp(z) * (of_row[:, None] - spread[:, None] * z)
-    wanted = tl.load(target + i, mask=inside, other=-1)
-    slope = tl.load(of_target + i, mask=inside, other=0.0)
-    g += tl.where(wanted[:, None] == j[None, :], slope[:, None], 0.0)
-    if SOFTCAP:
-        g *= bent
-    valid = inside[:, None] & (j < vocab)[None, :]
-    if SUMS:
-        at = block.to(tl.int64) * gradient_stride + tile * N + tl.arange(0, N)
-        tl.store(sums + at, tl.sum(tl.where(valid, g, 0.0), 0), mask=j < vocab)
-    columns = tile * N + tl.arange(0, N)
-    places = gradient + i.to(tl.int64)[:, None] * gradient_stride + columns[None, :]
-    tl.store(places, g.to(gradient.dtype.element_ty), mask=valid)
+    of_row += spread * (lse_of - tl.load(entropy + i, mask=inside, other=0.0))
+    for q in tl.static_range(N // STRIPE):
+        j = column + q * STRIPE + tl.arange(0, STRIPE)
+        z = _cap(stripes[q], bias, j, vocab, logit_scale, softcap, BIAS, SOFTCAP)
+        warm = z * inverse[:, None]
+        g = tl.exp(warm - lse_of[:, None]) * (of_row[:, None] - spread[:, None] * warm)
+        g += tl.where(wanted[:, None] == j[None, :], slope[:, None], 0.0)
+        if SOFTCAP:
+            g *= 1 - (z / softcap) * (z / softcap)
+        valid = inside[:, None] & (j < vocab)[None, :]
+        columns = j - first_tile * N
+        if SUMS:
+            at = block.to(tl.int64) * gradient_stride + columns
+            tl.store(sums + at, tl.sum(tl.where(valid, g, 0.0), 0), mask=j < vocab)
+        places = gradient + i.to(tl.int64)[:, None] * gradient_stride + columns[None, :]
+        tl.store(places, g.to(gradient.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "tiles", "first_tile"])
+@triton.jit(do_not_specialize=["rows", "vocab", "tiles", "first"])
 def _bwd_kept_kernel(
     kept_exps,
     kept_highest,
@@ -321,79 +357,72 @@ def _bwd_kept_kernel(
     rows,
     vocab,
     tiles,
-    first_tile,
+    first,
     gradient_stride,
     kept_stride,
     softcap,
     M: tl.constexpr,
-    N: tl.constexpr,
+    STRIPE: tl.constexpr,
     KEPT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    tile = tl.program_id(0) % tiles
-    block = tl.program_id(0) // tiles
+    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i = block * M + tl.arange(0, M)
-    j = (first_tile + tile) * N + tl.arange(0, N)
+    j = first + tile * STRIPE + tl.arange(0, STRIPE)
     inside = i < rows
     valid = inside[:, None] & (j < vocab)[None, :]
-    i64 = i.to(tl.int64)
-    exps = tl.load(kept_exps + i64[:, None] * kept_stride + j[None, :], mask=valid, other=0.0)
+    far = i.to(tl.int64)
+    exps = tl.load(kept_exps + far[:, None] * kept_stride + j[None, :], mask=valid, other=0.0)
     exps = exps.to(tl.float32) * (1 / KEPT)
-    top = tl.load(
-        kept_highest + (first_tile + tile).to(tl.int64) * rows + i, mask=inside, other=0.0
-    )
+    at = (first // STRIPE + tile).to(tl.int64) * rows + i
+    top = tl.load(kept_highest + at, mask=inside, other=0.0)
     z = tl.where(exps > 0, tl.log(exps), LOWEST) + top[:, None]
     wanted = tl.load(target + i, mask=inside, other=-1)
     here = wanted[:, None] == j[None, :]
     z = tl.where(here, tl.load(at_target + i, mask=inside, other=0.0)[:, None], z)
-    if SOFTCAP:
-        capped = z / tl.load(inv_temperature + i, mask=inside, other=1.0)[:, None] / softcap
-        bent = tl.maximum(1 - capped * capped, 0.0)
-    z -= tl.load(lse + i, mask=inside, other=0.0)[:, None]
+    lse_of = tl.load(lse + i, mask=inside, other=0.0)
     spread = tl.load(of_spread + i, mask=inside, other=0.0)
     of_row = tl.load(of_p + i, mask=inside, other=0.0)
-    of_row -= spread * tl.load(entropy + i, mask=inside, other=0.0)
-    g = tl.exp(z) * (of_row[:, None] - spread[:, None] * z)
+    of_row += spread * (lse_of - tl.load(entropy + i, mask=inside, other=0.0))
+    g = tl.exp(z - lse_of[:, None]) * (of_row[:, None] - spread[:, None] * z)
     slope = tl.load(of_target + i, mask=inside, other=0.0)
     g += tl.where(here, slope[:, None], 0.0)
     if SOFTCAP:
-        g *= bent
-    columns = tile * N + tl.arange(0, N)
+        tanh = z / (tl.load(inv_temperature + i, mask=inside, other=1.0) * softcap)[:, None]
+        g *= tl.maximum(1 - tanh * tanh, 0.0)
+    columns = tile * STRIPE + tl.arange(0, STRIPE)
     if SUMS:
         at = block.to(tl.int64) * gradient_stride + columns
         tl.store(sums + at, tl.sum(tl.where(valid, g, 0.0), 0), mask=j < vocab)
-    places = gradient + i64[:, None] * gradient_stride + columns[None, :]
+    places = gradient + far[:, None] * gradient_stride + columns[None, :]
     tl.store(places, g.to(gradient.dtype.element_ty), mask=valid)
 
 
-def tile_for(dtype: torch.dtype) -> Tile:
-    return FLOAT if dtype == torch.float32 else HALF
+def _for_the_engine(tensor: Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch from it; the interpreter takes descriptors too."""
+    able = not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.itemsize % 16 == 0
+    return able and aligned
 
 
-def _copied_by_the_engine(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.itemsize % 16 == 0
-
-
-def _operands(rows: gpu.Rows, tile: Tile) -> tuple[tuple, dict[str, object]]:
-    """The kernels' first arguments, and the flags and sizes that all products share."""
+def _operands(rows: gpu.Rows) -> tuple[tuple, Tile, dict[str, object]]:
+    """The kernels' first arguments, their tile, and the flags that all products share."""
     hidden, weight = rows.hidden, rows.weight
-    described = (
-        rows.dtype != torch.float32
-        and _has_copy_engine(hidden)
-        and _copied_by_the_engine(hidden)
-        and _copied_by_the_engine(weight)
-    )
-    operands: tuple = (hidden, weight)
+    described, tile, operands = False, FLOAT, (hidden, weight)
+    if rows.dtype != torch.float32:
+        described = _for_the_engine(hidden) and _for_the_engine(weight)
+        tile = ENGINE if described else HALF
     if described:
         operands = (
             TensorDescriptor.from_tensor(hidden, [tile.m, tile.k]),
             TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
         )
-    return operands, {
+    return operands, tile, {
         "M": tile.m,
         "N": tile.n,
         "K": tile.k,
+        "STRIPE": gpu.STRIPE,
         "GROUP": GROUP,
         "DESCRIBED": described,
         "WHOLE": hidden.shape[1] % tile.k == 0,
@@ -406,46 +435,34 @@ def _operands(rows: gpu.Rows, tile: Tile) -> tuple[tuple, dict[str, object]]:
     }
 
 
-def _has_copy_engine(tensor: Tensor) -> bool:
-    """Hopper and later; the interpreter takes descriptors too."""
-    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-
-
 def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
     rows = gpu.kept_rows(p)
     n, (vocab, width) = len(rows.target), rows.weight.shape
-    tile = tile_for(rows.dtype)
-    tiles = triton.cdiv(vocab, tile.n)
-    store = gpu.split_workspace(kept, rows, tile.n)
+    store = gpu.split_workspace(kept, rows)
     new = rows.inv_temperature.new_empty
     logprob, lse, entropy = (new(n) for _ in range(3))
     at_target = new(n) if store is None else store.at_target
-    most = max(PARTIAL_BYTES // (12 * tiles) // tile.m, 1) * tile.m
-    highest, total, weighted = (new(tiles, min(n, most)) for _ in range(3))
+    most = max(PARTIAL_BYTES * FLOAT.n // (12 * vocab) // 128, 1) * 128
     with gpu.on(rows.hidden):
         for first in range(0, n, most):
             part = slice(first, min(first + most, n))
             some = rows._replace(hidden=rows.hidden[part])
-            count = len(some.hidden)
-            operands, flags = _operands(some, tile)
+            operands, tile, flags = _operands(some)
+            count, tiles = len(some.hidden), triton.cdiv(vocab, tile.n)
+            statistics = (*(new(tiles, count) for _ in range(3)), at_target[part])
             _fwd_kernel[(triton.cdiv(count, tile.m) * tiles,)](
-                *operands,
-                rows.bias,
-                rows.inv_temperature[part],
-                rows.target[part],
-                *(highest, total, weighted, at_target[part]),
+                *(*operands, rows.bias, rows.inv_temperature[part], rows.target[part]),
+                *statistics,
                 None if store is None else store.exps[part],
                 None if store is None else store.highest[:, part],
                 *(count, vocab, width, rows.weight.stride(0), tiles),
-                *((0, 0, 0) if store is None else (len(store.highest), n, store.exps.shape[1])),
+                *((0, 0, 0) if store is None else (store.columns // tile.n, n, store.columns)),
                 *(rows.logit_scale, rows.softcap),
                 **flags,
                 KEEP=0 if store is None else gpu.kept_scale(rows.dtype),
             )
             _merge_kernel[(triton.cdiv(count, MERGE[1]),)](
-                *(highest, total, weighted, at_target[part]),
-                *(logprob[part], lse[part], entropy[part]),
-                *(count, tiles),
+                *(*statistics, logprob[part], lse[part], entropy[part], count, tiles),
                 *MERGE,
             )
     return tuple(gpu.scatter(x, rows.index, p.target.shape) for x in (logprob, lse, entropy))
@@ -460,14 +477,14 @@ def _fill(
     sums: Tensor | None,
 ) -> None:
     """See gpu.Fill."""
-    tile = tile_for(rows.dtype)
     n, columns = gradient.shape
-    tiles, m = triton.cdiv(columns, tile.n), tile.m if kept is None else KEPT_ROWS
-    blocks, stride = triton.cdiv(n, m), gradient.stride(0)
-    partial = None if sums is None else rows.inv_temperature.new_empty(blocks, stride)
+    stride = gradient.stride(0)
+    new = rows.inv_temperature.new_empty
     of_rows = (rows.inv_temperature, rows.target, *slopes)
     if kept is None:
-        operands, flags = _operands(rows, tile)
+        operands, tile, flags = _operands(rows)
+        blocks, tiles = triton.cdiv(n, tile.m), triton.cdiv(columns, tile.n)
+        partial = None if sums is None else new(blocks, stride)
         _bwd_kernel[(blocks * tiles,)](
             *(*operands, rows.bias, *of_rows, gradient, partial),
             *(n, *rows.weight.shape, rows.weight.stride(0), tiles, first // tile.n, stride),
@@ -476,12 +493,13 @@ def _fill(
             SUMS=sums is not None,
         )
     else:
+        blocks, tiles = triton.cdiv(n, KEPT_ROWS), triton.cdiv(columns, gpu.STRIPE)
+        partial = None if sums is None else new(blocks, stride)
         _bwd_kept_kernel[(blocks * tiles,)](
             *(kept.exps, kept.highest, kept.at_target, *of_rows, gradient, partial),
-            *(n, rows.weight.shape[0], tiles, first // tile.n, stride, kept.exps.shape[1]),
-            rows.softcap,
-            M=m,
-            N=tile.n,
+            *(n, rows.weight.shape[0], tiles, first, stride, kept.columns, rows.softcap),
+            M=KEPT_ROWS,
+            STRIPE=gpu.STRIPE,
             KEPT=gpu.kept_scale(rows.dtype),
             SOFTCAP=rows.softcap != 0,
             SUMS=sums is not None,
@@ -493,5 +511,4 @@ def _fill(
 def backward(
     p: Problem, kept: Tensor, upstream: Upstream, needed: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    block = tile_for(gpu.meeting_dtype(p.hidden, p.weight)).n
-    return gpu.backward(p, kept, upstream, needed, _fill, block)
+    return gpu.backward(p, kept, upstream, needed, _fill)
