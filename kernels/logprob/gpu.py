@@ -147,11 +147,12 @@ def meeting_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype if hidden.dtype == weight.dtype else torch.float32
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32; operands of one dtype."""
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b in float32; operands of one dtype."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -233,7 +234,8 @@ def backward(
                     if scale is None and grad_weight.dtype == rows.dtype:
                         torch.mm(gradient.T, hidden, out=grad_weight[first:last])
                     else:
-                        part = product(gradient.T, hidden)
+                        part = new(last - first, width, dtype=torch.float32)
+                        product(gradient.T, hidden, out=part)
                         grad_weight[first:last] = part if scale is None else part / scale
         if scale is not None:
             for gradient in (total, grad_bias):

@@ -1,10 +1,10 @@
 """linear_logprob in Triton: the product and the softmax's statistics in one kernel.
 
 A program computes one tile of logits, [M tokens, N vocabulary entries], and reduces it to a maximum
-and two sums of every row; a second kernel merges the tiles of a row in the vocabulary's order. Tiles
-have one size for any number of tokens, so a row's statistics and the gradient of its logits are
-the same bits in any batch. (The two products with that gradient are cuBLAS's, see `gpu.py`: they
-repeat bit for bit, but a row of grad_hidden may differ in its last bits from batch to batch.)
+and two sums of every row; a second kernel merges the tiles of a row in the vocabulary's order.
+Tiles have one size for any number of tokens, so a row's statistics and the gradient of its logits
+are the same bits in any batch. (The two products with that gradient are cuBLAS's, see `gpu.py`:
+they repeat bit for bit, but a row of grad_hidden may differ in its last ones in another batch.)
 
 Where the operands allow it, Hopper's copy engine fetches the tiles (tensor descriptors).
 """
@@ -140,9 +140,7 @@ def _product(
 
 
 @triton.jit
-def _cap(
-    product, bias, j, vocab, logit_scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr
-):
+def _cap(product, bias, j, vocab, logit_scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
     """The logits of entries j before the temperature."""
     z = product
     if BIAS:
@@ -215,7 +213,7 @@ def _fwd_kernel(
         of_stripe = tl.max(z, 1)
         z -= of_stripe[:, None]
         exps = tl.exp(z)
-        if KEEP:
+        if KEEP:  # noqa: SIM102 - known when it is compiled, the other one is not
             if tile < kept_tiles:
                 places = kept_exps + i.to(tl.int64)[:, None] * kept_stride + j[None, :]
                 kept = (exps * KEEP).to(kept_exps.dtype.element_ty)
@@ -418,21 +416,25 @@ def _operands(rows: gpu.Rows) -> tuple[tuple, Tile, dict[str, object]]:
             TensorDescriptor.from_tensor(hidden, [tile.m, tile.k]),
             TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
         )
-    return operands, tile, {
-        "M": tile.m,
-        "N": tile.n,
-        "K": tile.k,
-        "STRIPE": gpu.STRIPE,
-        "GROUP": GROUP,
-        "DESCRIBED": described,
-        "WHOLE": hidden.shape[1] % tile.k == 0,
-        # The interpreter would multiply the integers that hold bf16.
-        "WIDE": hidden.dtype != weight.dtype or not hidden.is_cuda,
-        "BIAS": rows.bias is not None,
-        "SOFTCAP": rows.softcap != 0,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    return (
+        operands,
+        tile,
+        {
+            "M": tile.m,
+            "N": tile.n,
+            "K": tile.k,
+            "STRIPE": gpu.STRIPE,
+            "GROUP": GROUP,
+            "DESCRIBED": described,
+            "WHOLE": hidden.shape[1] % tile.k == 0,
+            # The interpreter would multiply the integers that hold bf16.
+            "WIDE": hidden.dtype != weight.dtype or not hidden.is_cuda,
+            "BIAS": rows.bias is not None,
+            "SOFTCAP": rows.softcap != 0,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        },
+    )
 
 
 def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
