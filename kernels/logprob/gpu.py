@@ -148,11 +148,13 @@ def meeting_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b in float32; operands of one dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    """out = a @ b, of operands of one dtype, in that dtype or float32; summed in float32."""
+    if not a.is_cuda:
+        out.copy_(a.float() @ b.float())
+    elif out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
     else:
-        torch.mm(a.float(), b.float(), out=out)
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -232,7 +234,7 @@ def backward(
                     add_product(total, gradient, rows.weight[first:last].to(rows.dtype))
                 if grad_weight is not None:
                     if scale is None and grad_weight.dtype == rows.dtype:
-                        torch.mm(gradient.T, hidden, out=grad_weight[first:last])
+                        product(gradient.T, hidden, out=grad_weight[first:last])
                     else:
                         part = new(last - first, width, dtype=torch.float32)
                         product(gradient.T, hidden, out=part)

@@ -31,11 +31,11 @@ def order(dtype: torch.dtype, width: int, vocab: int) -> tuple[str, ...]:
 
     Near is by the ratio of the products' sizes, among the rows of the same dtype.
     """
+
+    def apart(row: Row) -> float:
+        ratio = width * vocab / (row.width * row.vocab)
+        return max(ratio, 1 / ratio)
+
     rows = [row for row in TABLE if f"torch.{row.dtype}" == str(dtype)]
-    first = DEFAULT
-    if rows:
-        size = width * vocab
-        first = min(rows, key=lambda r: max(size / (r.width * r.vocab), r.width * r.vocab / size))[
-            -1
-        ]
+    first = min(rows, key=apart).impl if rows else DEFAULT
     return first, "cuda" if first == "triton" else "triton"

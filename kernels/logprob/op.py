@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastrl.kernels.logprob import library, reference
+from fastrl.kernels.logprob import library, measured, reference
 from fastrl.kernels.logprob.reference import LogProbs, Samples
 from fastrl.kernels.native import choose
 
@@ -86,7 +86,8 @@ def linear_logprob(
     _check_temperature(temperature, target.shape)
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
-    chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"])
+    prefer = measured.order(hidden.dtype, *weight.shape[::-1]) if hidden.is_cuda else ()
+    chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"], prefer)
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
             return reference.linear_logprob(
