@@ -24,10 +24,10 @@ class Host:
         float32, bfloat16, float16 = range(3)
 
     logits_args = _struct("LogitsArgs", L, L, L, P, L, P, P, P, F, F)
-    kept_args = _struct("KeptArgs", P, E, L, P, L, F, P)
+    kept_args = _struct("KeptArgs", P, E, L, P, L, F)
     linear_logprob_fold_args = _struct("FoldArgs", logits_args, kept_args, P, P, P, P)
     linear_logprob_gradient_args = _struct(
-        "GradientArgs", logits_args, kept_args, P, P, P, P, P, P, E, L
+        "GradientArgs", logits_args, kept_args, P, P, P, P, P, P, P, E, L
     )
 
     def __init__(self, library):

@@ -59,7 +59,9 @@ def check_accurate(impl, n, h, v, dtype, device="cpu", of_gradients=None):
     of_gradients = of_gradients or (2.0 if n > 100 or dtype == torch.float32 else 3.0)
     hidden, weight, target, upstream, options = draw(n, h, v, dtype, device)
     for chosen in ({}, options):
-        mine, theirs = truth_and_errors(hidden, weight, target, impl, upstream, **chosen)
+        mine, theirs = truth_and_errors(
+            hidden, weight, target, impl, upstream, workspace_mb=0.0, **chosen
+        )
         for k, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             limit = 2.0 if k < 3 or k == 5 else of_gradients  # 5: the bias's are never rounded
             assert a <= limit * b + 2e-7, (impl, n, h, v, dtype, k, a, b)
@@ -70,7 +72,7 @@ def check_each_output_alone(impl, device="cpu"):
     for which in range(3):
         upstream = [torch.zeros(17, device=device) for _ in range(3)]
         upstream[which] = torch.randn(17, device=device)
-        kernel, _ = truth_and_errors(hidden, weight, target, impl, upstream)
+        kernel, _ = truth_and_errors(hidden, weight, target, impl, upstream, workspace_mb=0.0)
         assert max(kernel) < 1e-5
 
 
@@ -81,7 +83,7 @@ def check_workspace(impl, dtype, n=33, h=64, v=1009, device="cpu"):
     rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     size = n * v * dtype.itemsize / 2**20
     for chosen in ({}, options):
-        without = run(hidden, weight, target, upstream, impl, **chosen)
+        without = run(hidden, weight, target, upstream, impl, workspace_mb=0, **chosen)
         for megabytes in (2 * size + 1, 0.6 * size):
             given = run(hidden, weight, target, upstream, impl, workspace_mb=megabytes, **chosen)
             again = run(hidden, weight, target, upstream, impl, workspace_mb=megabytes, **chosen)
@@ -212,7 +214,7 @@ def check_bits_depend_on_no_other_row(dtype, device="cpu"):
         nothing = hidden.new_empty(0, dtype=torch.uint8)
         logprob, lse, entropy = triton_kernels.forward(p, nothing)
         given = gpu.kept_rows(p)
-        given_slopes = Upstream(lse, entropy, *(x[rows] for x in upstream))
+        given_slopes = Upstream(logprob, lse, entropy, *(x[rows] for x in upstream))
         slopes, _ = gpu._slopes(p, given, given_slopes)
         n = len(given.target)
         gradient = hidden.new_empty(n, 1024, dtype=given.dtype)[:, :1009]
@@ -395,8 +397,8 @@ element, scale = (np.float32, 1) if dtype == "float32" else (np.uint16, 1 + 3276
 running = [np.full(n, np.nan, np.float32) for _ in range(4)]
 exps = np.full((n, stripes * 64), 7, element)  # of the first tile alone
 highest = np.full((stripes, n), np.nan, np.float32)
-kept = host.kept_args(at(exps), kind, stripes * 64, at(highest), n, scale, at(running[3]))
-nothing = host.kept_args(0, kind, 0, 0, 0, 1.0, 0)
+kept = host.kept_args(at(exps), kind, stripes * 64, at(highest), n, scale)
+nothing = host.kept_args(0, kind, 0, 0, 0, 1.0)
 def logits(first, with_product=True):
     here = product[:, first:first + columns]
     tile = np.full(n * widths - short, np.nan, np.float32)
@@ -411,12 +413,13 @@ for first in range(0, vocab, columns):
 highest_z, total, weighted, at_target = running
 lse = (highest_z + np.log(total)).astype(np.float32)
 entropy = (np.log(total) - weighted / total).astype(np.float32)
-out = {"logprob": at_target - lse, "lse": lse, "entropy": entropy}
+logprob = (at_target - highest_z - np.log(total)).astype(np.float32)
+out = {"logprob": logprob, "lse": lse, "entropy": entropy}
 def gradient(first, source, kind, element):
     tile, a = logits(first, source is nothing)
     g = np.full((n, widths), 9, element)
     args = host.linear_logprob_gradient_args(
-        *(a, source, at(lse), at(entropy), at(of_p), at(of_spread), at(of_target)),
+        *(a, source, at(logprob), at(lse), at(entropy), at(of_p), at(of_spread), at(of_target)),
         *(at(g), kind, widths))
     assert host.linear_logprob_gradient_cuda(args, 0) == 0
     made = min(columns, vocab - first)

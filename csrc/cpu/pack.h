@@ -38,25 +38,30 @@ class Buffer {
 };
 
 // Interleaves kStep neighbouring rows and cuts them into panels of columns, so that rows become the
-// depth of a product:  [panel][row / kStep][kPanel] Elements. Missing rows and columns are 0.
+// depth of a product:  [panel][row / kStep][kPanel] Elements. Missing rows and columns are 0. Row r
+// lies at index[r], if there is an index.
 inline void pack_rows(Floats, const char* from, int64_t stride, Float type, int64_t first,
-                      int64_t rows, int64_t width, int64_t depth, float* to) {
+                      int64_t rows, int64_t width, int64_t depth, float* to,
+                      const int64_t* index = nullptr) {
   for (int64_t r = first; r < first + rows; ++r) {
+    const int64_t row = (index ? index[r] : r) * stride;
     for (int64_t h = 0; h < width; h += kPanel) {
       float* panel = to + h * depth + r * kPanel;
       const int64_t n = std::min<int64_t>(kPanel, width - h);
-      to_floats(from + (r * stride + h) * bytes(type), type, n, panel);
+      to_floats(from + (row + h) * bytes(type), type, n, panel);
       std::fill(panel + n, panel + kPanel, 0.0f);
     }
   }
 }
 
-#if defined(__AVX512BF16__)
+#ifdef FASTRL_PAIRS
 inline void pack_rows(Pairs, const char* from, int64_t stride, Float, int64_t first, int64_t rows,
-                      int64_t width, int64_t depth, uint32_t* to) {
+                      int64_t width, int64_t depth, uint32_t* to, const int64_t* index = nullptr) {
+  const auto* data = reinterpret_cast<const uint16_t*>(from);
   for (int64_t r = first; r < first + rows; r += 2) {
-    const auto* even = reinterpret_cast<const uint16_t*>(from) + r * stride;
-    const auto* odd = r + 1 < first + rows ? even + stride : nullptr;
+    const bool two = r + 1 < first + rows;
+    const auto* even = data + (index ? index[r] : r) * stride;
+    const auto* odd = two ? data + (index ? index[r + 1] : r + 1) * stride : nullptr;
     for (int64_t h = 0; h < width; h += kPanel) {
       uint32_t* panel = to + h * (depth / 2) + r / 2 * kPanel;
       const int64_t n = std::min<int64_t>(kPanel, width - h);

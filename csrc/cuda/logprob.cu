@@ -216,22 +216,23 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < kWide; ++k) {
       const int64_t entry = a.first + column + k;
-      float z;
+      float log_p;
       if (column + k >= a.columns) {
-        z = kLowest;  // beyond the vocabulary: padding that gets 0
+        log_p = kLowest;  // beyond the vocabulary: padding that gets 0
       } else if (kKept) {
-        z = entry == target ? args.kept.at_target[row]
-                            : (x[i].x[k] > 0.0f ? __logf(x[i].x[k]) : kLowest) + top[i];
+        // The target's probability is not rounded: 1 - p has to be right where p is nearly 1.
+        log_p = entry == target    ? args.logprob[row]
+                : x[i].x[k] > 0.0f ? __logf(x[i].x[k]) + (top[i] - lse)
+                                   : kLowest;
       } else {
-        z = capped(a, x[i].x[k], entry) * inv_temperature;
+        log_p = capped(a, x[i].x[k], entry) * inv_temperature - lse;
       }
-      const float log_p = z - lse;
       float slope = __expf(log_p) * (of_row - of_spread * log_p);
       if (entry == target) {
         slope += of_target;
       }
       if (a.softcap != 0.0f) {
-        const float tanh = z / (inv_temperature * a.softcap);
+        const float tanh = (log_p + lse) / (inv_temperature * a.softcap);
         slope *= fmaxf(1.0f - tanh * tanh, 0.0f);
       }
       g.x[k] = narrow<Out>(column + k < a.columns ? slope : 0.0f);

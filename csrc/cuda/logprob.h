@@ -32,7 +32,6 @@ struct KeptArgs {
   float* highest;          // [stripes, highest_stride]
   int64_t highest_stride;  // between stripes
   float scale;
-  const float* at_target;  // [rows]: z of the target; read by the backward alone
 };
 
 struct LogprobFoldArgs {
@@ -46,7 +45,7 @@ struct LogprobFoldArgs {
 struct LogprobGradientArgs {
   LogitsArgs logits;  // product may be null where the workspace is read instead
   KeptArgs kept;
-  const float *lse, *entropy;                 // [rows]
+  const float *logprob, *lse, *entropy;       // [rows], what the forward gave
   const float *of_p, *of_spread, *of_target;  // [rows], holding 1 / temperature and logit_scale
   void* gradient;  // [rows, columns]; may be the product itself when it is float32
   Float type;

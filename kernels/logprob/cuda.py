@@ -25,7 +25,7 @@ def _type(dtype: torch.dtype):
 def _kept_args(kept: gpu.Kept | None, part: slice, dtype: torch.dtype):
     c = module()
     if kept is None:
-        return c.kept_args(0, _type(dtype), 0, 0, 0, 1.0, 0)
+        return c.kept_args(0, _type(dtype), 0, 0, 0, 1.0)
     return c.kept_args(
         pointer(kept.exps[part]),
         _type(dtype),
@@ -33,7 +33,6 @@ def _kept_args(kept: gpu.Kept | None, part: slice, dtype: torch.dtype):
         pointer(kept.highest[:, part]),
         kept.highest.stride(0),
         gpu.kept_scale(dtype),
-        pointer(kept.at_target[part]),
     )
 
 
@@ -85,8 +84,6 @@ def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
                 )
                 code = c.linear_logprob_fold_cuda(args, stream(rows.hidden.device))
                 check("linear_logprob", code)
-    if store is not None:
-        store.at_target.copy_(at_target)
     log_sum = total.log()
     results = (at_target - highest - log_sum, highest + log_sum, log_sum - weighted / total)
     return tuple(gpu.scatter(x, rows.index, p.target.shape) for x in results)

@@ -42,9 +42,11 @@ class Rows(NamedTuple):
 class Slopes(NamedTuple):
     """Gradient of a row's logits: `p (of_p - of_spread (log p + entropy))`, `of_target` at target.
 
-    Each is `[n]` float32; the three slopes hold 1 / temperature and logit_scale.
+    Each is `[n]` float32: what the forward gave, and three slopes that hold 1 / temperature and
+    logit_scale.
     """
 
+    logprob: Tensor
     lse: Tensor
     entropy: Tensor
     of_p: Tensor
@@ -56,7 +58,6 @@ class Kept(NamedTuple):
     """The workspace: what the forward knew of the first columns of the vocabulary."""
 
     exps: Tensor  # [n, columns], as they are multiplied: kept_scale * exp(z - highest)
-    at_target: Tensor  # [n] float32: z of the target, whose probability must not be rounded
     highest: Tensor  # [columns / STRIPE, n] float32, of each stripe of a row
 
     @property
@@ -107,18 +108,13 @@ def split_workspace(kept: Tensor, rows: Rows) -> Kept | None:
     n, vocab, size = len(rows.target), rows.weight.shape[0], rows.dtype.itemsize
     if n == 0:
         return None
-    each, padded = n * (size + 4 / STRIPE), -(-n // 4) * 4
-    columns = int((kept.numel() - 4 * padded) / each)
+    columns = kept.numel() * STRIPE // (n * (size * STRIPE + 4))
     columns = min(columns // COLUMNS, -(-vocab // COLUMNS)) * COLUMNS
     if columns <= 0:
         return None
-    parts = [size * n * columns, 4 * padded, 4 * n * columns // STRIPE]
-    exps, at_target, highest = kept[: sum(parts)].split(parts)
-    return Kept(
-        exps.view(rows.dtype).view(n, columns),
-        at_target.view(torch.float32)[:n],
-        highest.view(torch.float32).view(-1, n),
-    )
+    parts = [size * n * columns, 4 * n * columns // STRIPE]
+    exps, highest = kept[: sum(parts)].split(parts)
+    return Kept(exps.view(rows.dtype).view(n, columns), highest.view(torch.float32).view(-1, n))
 
 
 def on(tensor: Tensor):
@@ -178,7 +174,7 @@ def _slopes(p: Problem, rows: Rows, upstream: Upstream) -> tuple[Slopes, Tensor 
     given = [x.reshape(-1) for x in upstream]
     if rows.index is not None:
         given = [x[rows.index] for x in given]
-    lse, entropy, grad_logprob, grad_lse, grad_entropy = (x.float().contiguous() for x in given)
+    *forward, grad_logprob, grad_lse, grad_entropy = (x.float().contiguous() for x in given)
     chain = rows.inv_temperature * rows.logit_scale
     slopes = [(grad_lse - grad_logprob) * chain, grad_entropy * chain, grad_logprob * chain]
     scale = None
@@ -187,7 +183,7 @@ def _slopes(p: Problem, rows: Rows, upstream: Upstream) -> tuple[Slopes, Tensor 
         top = torch.stack([slopes[0], slopes[1] * 16, slopes[2]]).abs().amax()
         scale = torch.exp2((FP16_TOP - torch.log2(top).ceil()).clamp(-100, 100))
         slopes = [x * scale for x in slopes]
-    return Slopes(lse, entropy, *slopes), scale
+    return Slopes(*forward, *slopes), scale
 
 
 def _chunks(vocab: int, kept_columns: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -276,6 +276,7 @@ def _bwd_kernel(
     bias,
     inv_temperature,
     target,
+    logprob,  # of the target; the workspace needs it
     lse,
     entropy,
     of_p,
@@ -342,9 +343,9 @@ def _bwd_kernel(
 def _bwd_kept_kernel(
     kept_exps,
     kept_highest,
-    at_target,
     inv_temperature,
     target,
+    logprob,
     lse,
     entropy,
     of_p,
@@ -374,19 +375,21 @@ def _bwd_kept_kernel(
     exps = tl.load(kept_exps + far[:, None] * kept_stride + j[None, :], mask=valid, other=0.0)
     exps = exps.to(tl.float32) * (1 / KEPT)
     at = (first // STRIPE + tile).to(tl.int64) * rows + i
-    top = tl.load(kept_highest + at, mask=inside, other=0.0)
-    z = tl.where(exps > 0, tl.log(exps), LOWEST) + top[:, None]
+    lse_of = tl.load(lse + i, mask=inside, other=0.0)
+    top = tl.load(kept_highest + at, mask=inside, other=0.0) - lse_of
+    log_p = tl.where(exps > 0, tl.log(exps), LOWEST) + top[:, None]
     wanted = tl.load(target + i, mask=inside, other=-1)
     here = wanted[:, None] == j[None, :]
-    z = tl.where(here, tl.load(at_target + i, mask=inside, other=0.0)[:, None], z)
-    lse_of = tl.load(lse + i, mask=inside, other=0.0)
+    # The target's probability is not rounded: 1 - p has to be right where p is nearly 1.
+    log_p = tl.where(here, tl.load(logprob + i, mask=inside, other=0.0)[:, None], log_p)
     spread = tl.load(of_spread + i, mask=inside, other=0.0)
     of_row = tl.load(of_p + i, mask=inside, other=0.0)
-    of_row += spread * (lse_of - tl.load(entropy + i, mask=inside, other=0.0))
-    g = tl.exp(z - lse_of[:, None]) * (of_row[:, None] - spread[:, None] * z)
+    of_row -= spread * tl.load(entropy + i, mask=inside, other=0.0)
+    g = tl.exp(log_p) * (of_row[:, None] - spread[:, None] * log_p)
     slope = tl.load(of_target + i, mask=inside, other=0.0)
     g += tl.where(here, slope[:, None], 0.0)
     if SOFTCAP:
+        z = log_p + lse_of[:, None]
         tanh = z / (tl.load(inv_temperature + i, mask=inside, other=1.0) * softcap)[:, None]
         g *= tl.maximum(1 - tanh * tanh, 0.0)
     columns = tile * STRIPE + tl.arange(0, STRIPE)
@@ -443,7 +446,7 @@ def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
     store = gpu.split_workspace(kept, rows)
     new = rows.inv_temperature.new_empty
     logprob, lse, entropy = (new(n) for _ in range(3))
-    at_target = new(n) if store is None else store.at_target
+    at_target = new(n)
     most = max(PARTIAL_BYTES * FLOAT.n // (12 * vocab) // 128, 1) * 128
     with gpu.on(rows.hidden):
         for first in range(0, n, most):
@@ -498,7 +501,7 @@ def _fill(
         blocks, tiles = triton.cdiv(n, KEPT_ROWS), triton.cdiv(columns, gpu.STRIPE)
         partial = None if sums is None else new(blocks, stride)
         _bwd_kept_kernel[(blocks * tiles,)](
-            *(kept.exps, kept.highest, kept.at_target, *of_rows, gradient, partial),
+            *(kept.exps, kept.highest, *of_rows, gradient, partial),
             *(n, rows.weight.shape[0], tiles, first, stride, kept.columns, rows.softcap),
             M=KEPT_ROWS,
             STRIPE=gpu.STRIPE,
