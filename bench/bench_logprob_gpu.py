@@ -221,7 +221,7 @@ def table(rounds):
 
 
 def tiles(rounds):
-    from fastrl.kernels.logprob import triton_kernels as t
+    from fastrl.kernels.logprob import triton_launch as t
 
     report, before = {}, t.ENGINE
     for shape in (SHAPES[0], SHAPES[3]):

@@ -1,14 +1,18 @@
 """linear_logprob on a GPU: the rows, the workspace and the products that both kernels share.
 
-`triton_kernels.py` and `cuda.py` turn a chunk of the vocabulary into the gradient of its logits,
+`triton_launch.py` and `cuda.py` turn a chunk of the vocabulary into the gradient of its logits,
 `[n, columns]` in the dtype of the operands; the matrix products of that chunk with the weights and
 with the hidden states are cuBLAS's, accumulated in float32. Chunks are walked in order: a chunk's
 rows of grad_weight are finished at once, from all tokens, and grad_hidden grows in float32. So
 scratch is one chunk, a float32 grad_hidden, and nothing of the size of the logits.
+
+Ignored rows are dropped by index before any product. That takes their number, for which forward and
+backward each wait for the device once; so neither can be recorded in a CUDA graph.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -66,7 +70,7 @@ class Kept(NamedTuple):
 
 
 def kept_rows(p: Problem) -> Rows:
-    """Drops the ignored rows by index. Waits for the device once, for their count."""
+    """Drops the ignored rows; waits for the device."""
     flat, vocab = p.target.reshape(-1), p.weight.shape[0]
     keep = flat != p.ignore_index
     wrong = keep & ((flat < 0) | (flat >= vocab))
@@ -153,12 +157,28 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+@cache
+def _adds_to_float32() -> bool:
+    """Whether this torch adds a product of bf16 to a float32 matrix in place; 2.9 does not."""
+    total = torch.zeros(16, 16, device="cuda")
+    half = total.bfloat16()
+    try:
+        torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in float32."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda and _adds_to_float32():
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        part = torch.empty_like(total)
+        product(a, b, out=part)
+        total += part
 
 
 def scatter(values: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
