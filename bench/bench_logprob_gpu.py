@@ -12,6 +12,7 @@ both are four, or three where the workspace holds the exponentials.
 """
 
 import argparse
+import importlib.metadata
 import json
 import math
 import statistics
@@ -192,38 +193,34 @@ def show(shape, medians, failed):
 
 
 def races(rounds):
-    report = {}
     for shape in SHAPES:
         medians, failed = compare(variants(), draw(*shape), rounds)
         show(shape, medians, failed)
-        report["x".join(map(str, shape))] = {"milliseconds": medians, "failed": failed}
-    return report
+        yield {"shape": shape, "milliseconds": medians, "failed": failed}
 
 
 def table(rounds):
     """A row per dtype and head: the faster of ours by the geometric mean over numbers of tokens."""
-    rows = []
+    ours_only = {name: f for name, f in variants().items() if name in ("triton", "cuda")}
     for dtype, heads in GRID.items():
         for h, v in heads:
             ratios = []
             for n in TOKENS:
-                ours_only = {k: f for k, f in variants().items() if k in ("triton", "cuda")}
-                medians, failed = compare(ours_only, draw(n, h, v, dtype), rounds)
+                medians, failed = compare(dict(ours_only), draw(n, h, v, dtype), rounds)
                 show((n, h, v, dtype, 0.0), medians, failed)
                 if len(medians) == 2:
-                    ratios.append(math.log(medians["triton"]["both"] / medians["cuda"]["both"]))
-            if not ratios:
-                continue
-            gain = math.exp(statistics.mean(ratios))
-            rows.append(measured.Row(dtype, h, v, "cuda" if gain > GAIN else "triton"))
-            print(f"    {rows[-1]!r},  # triton / cuda {gain:.2f}")
-    return [row._asdict() for row in rows]
+                    ratios.append(medians["triton"]["both"] / medians["cuda"]["both"])
+            if ratios:
+                gain = statistics.geometric_mean(ratios)
+                row = measured.Row(dtype, h, v, "cuda" if gain > GAIN else "triton")
+                print(f"    {row!r},  # triton / cuda {gain:.2f}")
+                yield row._asdict() | {"triton_over_cuda": ratios, "tokens": TOKENS}
 
 
 def tiles(rounds):
     from fastrl.kernels.logprob import triton_launch as t
 
-    report, before = {}, t.ENGINE
+    before = t.ENGINE
     for shape in (SHAPES[0], SHAPES[3]):
         inputs = draw(*shape)
         for sizes in TILES:
@@ -231,9 +228,8 @@ def tiles(rounds):
             medians, failed = compare({"triton": partial(ours, "triton", 0.0)}, inputs, rounds)
             print(sizes, end=" ")
             show(shape, medians, failed)
-            report[f"{shape} {sizes}"] = {"milliseconds": medians, "failed": failed}
+            yield {"shape": shape, "tile": sizes, "milliseconds": medians, "failed": failed}
     t.ENGINE = before
-    return report
 
 
 @pytest.mark.gpu
@@ -258,11 +254,13 @@ def main():
     report = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "triton": __import__("triton").__version__,
-        work.__name__: work(options.rounds),
+        "triton": importlib.metadata.version("triton"),
+        work.__name__: [],
     }
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    for figures in work(options.rounds):
+        report[work.__name__].append(figures)
+        if options.json:  # every time: who runs out of time keeps what was measured
+            options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
