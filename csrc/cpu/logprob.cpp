@@ -27,6 +27,7 @@ void forward(const LogprobForwardArgs& args, int threads) {
   const int64_t panels = ceil_div(capacity, kPanel);
   const Plan plan = make_plan<Kind>(a, args.workspace);
   auto* kept = static_cast<KeptBlock<Kind>*>(args.workspace.kept);
+  use_huge_pages(kept, plan.kept_blocks * plan.panels * sizeof(KeptBlock<Kind>));
   Tokens<Kind> tokens(a, capacity);
   Buffer<Running> running(chunks * panels);
   Buffer<float> at_target(panels * kPanel), inv_temperature(panels * kPanel);

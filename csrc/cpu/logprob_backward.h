@@ -97,6 +97,9 @@ class Backward {
                   : 0) {}
 
   void run() {
+    if (args_.grad_weight) {
+      use_huge_pages(args_.grad_weight, a_.vocab * a_.width * bytes(a_.weight_type));
+    }
     if (want_weight_) {
       walk_vocabulary(args_.grad_hidden && one_walk_);
     }
