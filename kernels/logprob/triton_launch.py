@@ -43,37 +43,36 @@ def _for_the_engine(tensor: Tensor) -> bool:
     return able and aligned
 
 
-def _operands(rows: gpu.Rows) -> tuple[tuple, Tile, dict[str, object]]:
-    """The kernels' first arguments, their tile, and the flags that all products share."""
+def _tile(rows: gpu.Rows) -> Tile:
+    if rows.dtype == torch.float32:
+        return FLOAT
+    return ENGINE if _for_the_engine(rows.hidden) and _for_the_engine(rows.weight) else HALF
+
+
+def _operands(rows: gpu.Rows, tile: Tile) -> tuple[tuple, dict[str, object]]:
+    """The kernels' first arguments, and the flags and sizes that all products share."""
     hidden, weight = rows.hidden, rows.weight
-    described, tile, operands = False, FLOAT, (hidden, weight)
-    if rows.dtype != torch.float32:
-        described = _for_the_engine(hidden) and _for_the_engine(weight)
-        tile = ENGINE if described else HALF
-    if described:
+    operands: tuple = (hidden, weight)
+    if described := tile is ENGINE:
         operands = (
             TensorDescriptor.from_tensor(hidden, [tile.m, tile.k]),
             TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
         )
-    return (
-        operands,
-        tile,
-        {
-            "M": tile.m,
-            "N": tile.n,
-            "K": tile.k,
-            "STRIPE": gpu.STRIPE,
-            "GROUP": GROUP,
-            "DESCRIBED": described,
-            "WHOLE": hidden.shape[1] % tile.k == 0,
-            # The interpreter would multiply the integers that hold bf16.
-            "WIDE": hidden.dtype != weight.dtype or not hidden.is_cuda,
-            "BIAS": rows.bias is not None,
-            "SOFTCAP": rows.softcap != 0,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-        },
-    )
+    return operands, {
+        "M": tile.m,
+        "N": tile.n,
+        "K": tile.k,
+        "STRIPE": gpu.STRIPE,
+        "GROUP": GROUP,
+        "DESCRIBED": described,
+        "WHOLE": hidden.shape[1] % tile.k == 0,
+        # The interpreter would multiply the integers that hold bf16.
+        "WIDE": hidden.dtype != weight.dtype or not hidden.is_cuda,
+        "BIAS": rows.bias is not None,
+        "SOFTCAP": rows.softcap != 0,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
@@ -83,13 +82,15 @@ def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
     new = rows.inv_temperature.new_empty
     logprob, lse, entropy = (new(n) for _ in range(3))
     at_target = new(n)
-    most = max(PARTIAL_BYTES * FLOAT.n // (12 * vocab) // 128, 1) * 128
+    tile = _tile(rows)
+    tiles, group = triton.cdiv(vocab, tile.n), GROUP * tile.m
+    most = max(PARTIAL_BYTES // (12 * tiles) // group, 1) * group
     with gpu.on(rows.hidden):
         for first in range(0, n, most):
             part = slice(first, min(first + most, n))
             some = rows._replace(hidden=rows.hidden[part])
-            operands, tile, flags = _operands(some)
-            count, tiles = len(some.hidden), triton.cdiv(vocab, tile.n)
+            operands, flags = _operands(some, tile)
+            count = len(some.hidden)
             statistics = (*(new(tiles, count) for _ in range(3)), at_target[part])
             _fwd_kernel[(triton.cdiv(count, tile.m) * tiles,)](
                 *(*operands, rows.bias, rows.inv_temperature[part], rows.target[part]),
@@ -123,7 +124,8 @@ def _fill(
     new = rows.inv_temperature.new_empty
     of_rows = (rows.inv_temperature, rows.target, *slopes)
     if kept is None:
-        operands, tile, flags = _operands(rows)
+        tile = _tile(rows)
+        operands, flags = _operands(rows, tile)
         blocks, tiles = triton.cdiv(n, tile.m), triton.cdiv(columns, tile.n)
         partial = None if sums is None else new(blocks, stride)
         _bwd_kernel[(blocks * tiles,)](
