@@ -71,7 +71,9 @@ class Kept(NamedTuple):
 
 def kept_rows(p: Problem) -> Rows:
     """Drops the ignored rows; waits for the device."""
-    flat, vocab = p.target.reshape(-1), p.weight.shape[0]
+    flat, (vocab, width) = p.target.reshape(-1), p.weight.shape
+    if width == 0:
+        raise ValueError(f"weight must be [V, H] with H > 0, got shape {tuple(p.weight.shape)}")
     keep = flat != p.ignore_index
     wrong = keep & ((flat < 0) | (flat >= vocab))
     count, mistakes = torch.stack((keep.sum(), wrong.sum())).tolist()
