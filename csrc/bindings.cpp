@@ -11,6 +11,7 @@
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
 #include "cuda/error.h"
+#include "cuda/logprob.h"
 #include "cuda/scan.h"
 #endif
 
@@ -174,6 +175,57 @@ LogitsBackwardArgs logits_backward_args(const LogitsArgs& logits, Address lse, A
           pointer<void>(grad)};
 }
 
+#ifdef FASTRL_HAS_CUDA
+fastrl::TileArgs tile_args(int64_t rows, int64_t columns, int64_t first, Address product,
+                           int64_t stride, Address bias, Address inv_temperature, Address target,
+                           float logit_scale, float softcap) {
+  return {rows,
+          columns,
+          first,
+          pointer<const float>(product),
+          stride,
+          pointer<const float>(bias),
+          pointer<const float>(inv_temperature),
+          pointer<const int64_t>(target),
+          logit_scale,
+          softcap};
+}
+
+fastrl::KeptArgs kept_args(Address exps, Float type, int64_t stride, Address highest,
+                           int64_t highest_stride, float scale) {
+  return {pointer<void>(exps), type, stride, pointer<float>(highest), highest_stride, scale};
+}
+
+fastrl::LogprobFoldArgs fold_args(const fastrl::TileArgs& logits, const fastrl::KeptArgs& kept,
+                                  Address highest, Address total, Address weighted,
+                                  Address at_target) {
+  return {logits,
+          kept,
+          pointer<float>(highest),
+          pointer<float>(total),
+          pointer<float>(weighted),
+          pointer<float>(at_target)};
+}
+
+fastrl::LogprobGradientArgs gradient_args(const fastrl::TileArgs& logits,
+                                          const fastrl::KeptArgs& kept, Address logprob,
+                                          Address lse, Address entropy, Address of_p,
+                                          Address of_spread, Address of_target, Address gradient,
+                                          Float type, int64_t stride) {
+  return {logits,
+          kept,
+          pointer<const float>(logprob),
+          pointer<const float>(lse),
+          pointer<const float>(entropy),
+          pointer<const float>(of_p),
+          pointer<const float>(of_spread),
+          pointer<const float>(of_target),
+          pointer<void>(gradient),
+          type,
+          stride};
+}
+#endif
+
 }  // namespace
 
 // Kernels run without the GIL. The last argument is a number of threads, or a stream on a GPU.
@@ -240,7 +292,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("discounted_returns_cpu", &returns_cpu, release());
   m.def("vtrace_cpu", &vtrace_cpu, release());
 #ifdef FASTRL_HAS_CUDA
+  py::class_<fastrl::TileArgs>(m, "tile_args").def(py::init(&tile_args));
+  py::class_<fastrl::KeptArgs>(m, "kept_args").def(py::init(&kept_args));
+  py::class_<fastrl::LogprobFoldArgs>(m, "linear_logprob_fold_args").def(py::init(&fold_args));
+  py::class_<fastrl::LogprobGradientArgs>(m, "linear_logprob_gradient_args")
+      .def(py::init(&gradient_args));
   m.def("cuda_error", &fastrl::cuda::error_text);
+  m.def(
+      "linear_logprob_fold_cuda",
+      [](const fastrl::LogprobFoldArgs& a, Address s) {
+        return fastrl::cuda::linear_logprob_fold(a, pointer<void>(s));
+      },
+      release());
+  m.def(
+      "linear_logprob_gradient_cuda",
+      [](const fastrl::LogprobGradientArgs& a, Address s) {
+        return fastrl::cuda::linear_logprob_gradient(a, pointer<void>(s));
+      },
+      release());
   m.def(
       "gae_cuda",
       [](const GaeArgs& a, Address s) { return fastrl::cuda::gae(a, pointer<void>(s)); },

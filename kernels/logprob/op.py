@@ -4,13 +4,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrl.kernels.logprob import draws, given, library, parallel, reference  # noqa: F401
+# draws and given define ops.
+from fastrl.kernels.logprob import (  # noqa: F401
+    draws,
+    given,
+    library,
+    measured,
+    parallel,
+    reference,
+)
 from fastrl.kernels.logprob.reference import LogProbs, Samples
 from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
 HAS: dict[str, tuple[str, ...]] = {
-    "linear_logprob": ("cpu",),
+    "linear_logprob": ("cpu", "triton", "cuda"),
     "linear_sample": ("cpu",),
     "logprob_from_logits": ("cpu",),
 }
@@ -122,7 +130,8 @@ def linear_logprob(
         )
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
-    chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"])
+    prefer = measured.order(hidden.dtype, *weight.shape[::-1]) if hidden.is_cuda else ()
+    chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"], prefer)
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
             return reference.linear_logprob(hidden, weight, target.long(), **options)
