@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/logprob.h"
 #include "cpu/scan.h"
@@ -12,8 +13,12 @@
 #endif
 
 namespace py = pybind11;
+using fastrl::AttentionArgs;
+using fastrl::AttentionBackwardArgs;
+using fastrl::AttentionForwardArgs;
 using fastrl::Float;
 using fastrl::GaeArgs;
+using fastrl::Heads;
 using fastrl::LinearArgs;
 using fastrl::LogprobBackwardArgs;
 using fastrl::LogprobForwardArgs;
@@ -63,8 +68,57 @@ void vtrace_cpu(const VtraceArgs& args, int threads) { FASTRL_DISPATCH(vtrace, a
 void linear_logprob_fwd_cpu(const LogprobForwardArgs& args, int threads) {
   FASTRL_DISPATCH(linear_logprob_fwd, args, threads)
 }
-void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args,
-                            int threads){FASTRL_DISPATCH(linear_logprob_bwd, args, threads)}
+void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args, int threads) {
+  FASTRL_DISPATCH(linear_logprob_bwd, args, threads)
+}
+
+void shared_prefix_attention_fwd_cpu(const AttentionForwardArgs& args, int threads) {
+  FASTRL_DISPATCH(shared_prefix_attention_fwd, args, threads)
+}
+void shared_prefix_attention_bwd_cpu(const AttentionBackwardArgs& args,
+                                     int threads){
+    FASTRL_DISPATCH(shared_prefix_attention_bwd, args, threads)}
+
+Heads heads(Address data, int64_t token_stride, int64_t head_stride) {
+  return {pointer<const void>(data), token_stride, head_stride};
+}
+
+AttentionArgs attention_args(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width,
+                             Address offsets, Address group_offsets, int64_t groups, Float type,
+                             const Heads& q, const Heads& k, const Heads& v, float scale,
+                             float softcap, int64_t window) {
+  return {tokens,
+          heads,
+          kv_heads,
+          width,
+          pointer<const int32_t>(offsets),
+          pointer<const int32_t>(group_offsets),
+          groups,
+          type,
+          q,
+          k,
+          v,
+          scale,
+          softcap,
+          window};
+}
+
+AttentionForwardArgs attention_fwd_args(const AttentionArgs& at, Address out, Address lse) {
+  return {at, pointer<void>(out), pointer<float>(lse)};
+}
+
+AttentionBackwardArgs attention_bwd_args(const AttentionArgs& at, const Heads& out, Address lse,
+                                         const Heads& grad_out, Address grad_lse, Address grad_q,
+                                         Address grad_k, Address grad_v) {
+  return {at,
+          out,
+          pointer<const float>(lse),
+          grad_out,
+          pointer<const float>(grad_lse),
+          pointer<void>(grad_q),
+          pointer<void>(grad_k),
+          pointer<void>(grad_v)};
+}
 
 LinearArgs
     linear_args(int64_t rows, int64_t width, int64_t vocab, Address hidden, Float hidden_type,
@@ -155,6 +209,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LogprobForwardArgs>(m, "linear_logprob_fwd_args").def(py::init(&forward_args));
   py::class_<LogprobBackwardArgs>(m, "linear_logprob_bwd_args").def(py::init(&backward_args));
 
+  py::class_<Heads>(m, "Heads").def(py::init(&heads));
+  py::class_<AttentionArgs>(m, "attention_args").def(py::init(&attention_args));
+  py::class_<AttentionForwardArgs>(m, "attention_fwd_args").def(py::init(&attention_fwd_args));
+  py::class_<AttentionBackwardArgs>(m, "attention_bwd_args").def(py::init(&attention_bwd_args));
+
+  m.def("shared_prefix_attention_fwd_cpu", &shared_prefix_attention_fwd_cpu, release());
+  m.def("shared_prefix_attention_bwd_cpu", &shared_prefix_attention_bwd_cpu, release());
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
   m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());
   m.def("gae_cpu", &gae_cpu, release());
