@@ -75,31 +75,31 @@ class Keys {
     }
   }
 
-  // z[n x kPanel] = X * panel
-  void multiply(const Element* panel, int vectors, float* z) const {
-    for (int64_t b = 0; b < n_; b += kBlock) {
+  // z[n x kPanel] = X * panel for the first n keys
+  void multiply(int64_t n, const Element* panel, int vectors, float* z) const {
+    for (int64_t b = 0; b < n; b += kBlock) {
       FASTRL_ISA::multiply<Kind>(rows_[b / kBlock],
-                                 static_cast<int>(std::min<int64_t>(kBlock, n_ - b)),
+                                 static_cast<int>(std::min<int64_t>(kBlock, n - b)),
                                  a_.width / Kind::kStep, panel, vectors, z + b * kPanel);
     }
   }
 
-  // sums[D x kPanel] = factor * sums + X^T * panel, the product only for columns that see some of
+  // sums[D x kPanel] = factor * sums + X^T * panel over the first n keys, the product only for columns that see some of
   // these keys: what others would add is 0, or NaN where this segment holds one.
-  void add_transposed(const Element* panel, int vectors, const IVec* sees, const float* factor,
+  void add_transposed(int64_t n, const Element* panel, int vectors, const IVec* sees, const float* factor,
                       float* c, float* sums) const {
     Rows rows;
     rows.data = reinterpret_cast<const char*>(transposed_.get());
     rows.stride = sizeof(Element);
     for (int64_t d = 0; d < a_.width; d += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, a_.width - d));
+      const int count = static_cast<int>(std::min<int64_t>(kBlock, a_.width - d));
       for (int r = 0; r < kBlock; ++r) {
-        rows.row[r] = (d + std::min(r, n - 1)) * kSteps * sizeof(Element);
+        rows.row[r] = (d + std::min(r, count - 1)) * kSteps * sizeof(Element);
       }
-      FASTRL_ISA::multiply<Kind>(rows, n, ceil_div(n_, Kind::kStep), panel, vectors, c);
+      FASTRL_ISA::multiply<Kind>(rows, count, ceil_div(n, Kind::kStep), panel, vectors, c);
       for (int j = 0; j < vectors; ++j) {
         const Vec scale = load(factor + j * kLanes);
-        for (int r = 0; r < n; ++r) {
+        for (int r = 0; r < count; ++r) {
           const Vec more = load(c + r * kPanel + j * kLanes);
           float* to = sums + (d + r) * kPanel + j * kLanes;
           store(to, fma(load(to), scale, sees ? select(sees[j], more, Vec{}) : more));
@@ -225,20 +225,24 @@ class Forward : Worker<Kind> {
       std::fill_n(running_[p].sum, kPanel, 0.0f);
       std::fill_n(this->sums(p), kPanel * round_up(a.width, kLanes), 0.0f);
     }
-    queries.for_each_block([&](int side, int64_t first, int64_t n, int64_t p0, int64_t p1) {
-      this->keys_.take(chunk.head, first, n);
-      this->values_.take(chunk.head, first, n);
+    queries.for_each_block([&](int side, int64_t first, int64_t most, int64_t p0, int64_t p1) {
+      this->keys_.take(chunk.head, first, most);
+      this->values_.take(chunk.head, first, most);
       this->values_.transpose();
       for (int64_t p = p0; p < p1; ++p) {
         const Seen& seen = queries.seen(side, p);
+        const int64_t n = std::min<int64_t>(most, seen.last - first);
+        if (n <= 0) {
+          continue;
+        }
         const bool masked = this->masked(seen, first, n);
         const int vectors = queries.vectors(p);
         float factor[kPanel];
         IVec sees[kVectors];
         this->sees_some(seen, first, n, sees);
-        this->keys_.multiply(q_.get() + p * kPanel * this->steps_, vectors, this->z_.get());
+        this->keys_.multiply(n, q_.get() + p * kPanel * this->steps_, vectors, this->z_.get());
         fold(seen, first, n, masked, vectors, running_[p], factor);
-        this->values_.add_transposed(reinterpret_cast<const Element*>(this->z_.get()), vectors,
+        this->values_.add_transposed(n, reinterpret_cast<const Element*>(this->z_.get()), vectors,
                                      masked ? sees : nullptr, factor, this->c_.get(),
                                      this->sums(p));
       }
@@ -273,10 +277,16 @@ class Forward : Worker<Kind> {
           store(z + r * kPanel, select(visible(seen, at, first + r), x, splat(-INFINITY)));
         }
       }
-      Vec highest = splat(-INFINITY);
-      for (int64_t r = 0; r < n; ++r) {
-        highest = at_least(load(z + r * kPanel), highest);
+      Vec highest = splat(-INFINITY), also = highest;
+      int64_t row = 0;
+      for (; row + 2 <= n; row += 2) {  // two chains: each step waits for the one before
+        highest = at_least(load(z + row * kPanel), highest);
+        also = at_least(load(z + (row + 1) * kPanel), also);
       }
+      if (row < n) {
+        highest = at_least(load(z + row * kPanel), highest);
+      }
+      highest = at_least(highest, also);
       const Vec before = load(to.max + at), max = at_least(highest * unit, before);
       const Vec down = exp2(before - max);
       Vec sum = load(to.sum + at) * down;
@@ -405,7 +415,11 @@ class Backward : Worker<Kind> {
       this->keys_.transpose();
       this->values_.take(chunk.head, first, n);
       for (int64_t p = p0; p < p1; ++p) {
-        differentiate(queries, side, first, n, p);
+        const int64_t seen = std::clamp<int64_t>(queries.seen(side, p).last - first, 0, n);
+        if (seen > 0) {
+          differentiate(queries, side, first, seen, p);
+        }
+        clear(seen, n, p);
       }
       turns_.wait(chunk, first, first + n);
       const int64_t at = (first * a.kv_heads + chunk.head) * a.width;
@@ -465,8 +479,8 @@ class Backward : Worker<Kind> {
     const Seen& seen = queries.seen(side, p);
     const bool masked = this->masked(seen, first, n), capped = a.softcap > 0.0f;
     const float unit = (capped ? a.softcap : a.scale) * kLog2E;
-    this->keys_.multiply(q_.get() + p * kPanel * this->steps_, kVectors, this->z_.get());
-    this->values_.multiply(grad_out_.get() + p * kPanel * this->steps_, kVectors, dp_.get());
+    this->keys_.multiply(n, q_.get() + p * kPanel * this->steps_, kVectors, this->z_.get());
+    this->values_.multiply(n, grad_out_.get() + p * kPanel * this->steps_, kVectors, dp_.get());
     for (int j = 0; j < kVectors; ++j) {
       const int at = j * kLanes;
       float* z = this->z_.get() + at;
@@ -498,8 +512,18 @@ class Backward : Worker<Kind> {
     std::fill_n(ones, kPanel, 1.0f);
     IVec sees[kVectors];
     this->sees_some(seen, first, n, sees);
-    this->keys_.add_transposed(reinterpret_cast<const Element*>(this->z_.get()), kVectors,
+    this->keys_.add_transposed(n, reinterpret_cast<const Element*>(this->z_.get()), kVectors,
                                masked ? sees : nullptr, ones, this->c_.get(), this->sums(p));
+  }
+
+  // What no column of the panel sees of a block, keys [seen, n), adds nothing to their gradients.
+  void clear(int64_t seen, int64_t n, int64_t p) const {
+    constexpr int64_t kWords = kPanel / Kind::kStep;
+    for (int64_t r = seen; r < n; ++r) {
+      const int64_t at = r * (kColumns / Kind::kStep) + p * kWords;
+      std::fill_n(p_.get() + at, kWords, Element{});
+      std::fill_n(ds_.get() + at, kWords, Element{});
+    }
   }
 
   // to[n x D] += A[n x columns] * B[columns x D], for the columns of panels [p0, p1).

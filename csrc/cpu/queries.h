@@ -20,6 +20,8 @@ constexpr int64_t kColumns = kDepth;  // taken together; products over queries s
 constexpr int64_t kPanels = kColumns / kPanel;
 constexpr int64_t kKeys = 4 * kBlock;  // of a segment, taken together
 
+static_assert(kColumns % kPanel == 0 && kKeys % (2 * kLanes) == 0, "whole tiles of both");
+
 // Keys [from, to) that each column of a panel sees, on one side: prompt or own segment.
 struct Seen {
   int32_t from[kPanel], to[kPanel];
