@@ -75,8 +75,7 @@ void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args, int threads) {
 void shared_prefix_attention_fwd_cpu(const AttentionForwardArgs& args, int threads) {
   FASTRL_DISPATCH(shared_prefix_attention_fwd, args, threads)
 }
-void shared_prefix_attention_bwd_cpu(const AttentionBackwardArgs& args,
-                                     int threads){
+void shared_prefix_attention_bwd_cpu(const AttentionBackwardArgs& args, int threads){
     FASTRL_DISPATCH(shared_prefix_attention_bwd, args, threads)}
 
 Heads heads(Address data, int64_t token_stride, int64_t head_stride) {
@@ -120,10 +119,10 @@ AttentionBackwardArgs attention_bwd_args(const AttentionArgs& at, const Heads& o
           pointer<void>(grad_v)};
 }
 
-LinearArgs
-    linear_args(int64_t rows, int64_t width, int64_t vocab, Address hidden, Float hidden_type,
-                Address weight, Float weight_type, int64_t weight_stride, Address bias,
-                Address inv_temperature, Address target, float logit_scale, float softcap) {
+LinearArgs linear_args(int64_t rows, int64_t width, int64_t vocab, Address hidden,
+                       Float hidden_type, Address weight, Float weight_type, int64_t weight_stride,
+                       Address bias, Address inv_temperature, Address target, float logit_scale,
+                       float softcap) {
   return {rows,
           width,
           vocab,

@@ -1,5 +1,6 @@
 """shared_prefix_attention: by hand, float64, torch's attention on the replicated batch, bits."""
 
+import itertools
 import math
 
 import pytest
@@ -46,7 +47,9 @@ def assert_accurate(inputs, layout, outputs=None, tiny=3e-7, **options):
     truth = run([x.double() for x in inputs], layout, "reference", **options)
     plain = run(inputs, layout, "reference", **options)
     outputs = run(inputs, layout, **options) if outputs is None else outputs
-    for name, got, other, want in zip("out lse q k v".split(), outputs, plain, truth, strict=True):
+    for name, got, other, want in zip(
+        ("out", "lse", "q", "k", "v"), outputs, plain, truth, strict=True
+    ):
         assert got.dtype == other.dtype
         norm = want.norm().clamp(min=1e-30)
         mine, theirs = ((x.double() - want).norm() / norm for x in (got, other))
@@ -149,7 +152,7 @@ def test_equals_torch_on_the_replicated_batch(impl, heads):
     # Each completion with a copy of its prompt; a prompt's own output from its first copy.
     offsets, groups = layout.offsets.tolist(), layout.groups.tolist()
     want, loss = torch.zeros_like(out), 0.0
-    for first, end in zip(groups, groups[1:], strict=False):
+    for first, end in itertools.pairwise(groups):
         prompt = range(offsets[first], offsets[first + 1])
         for s in range(first + 1, end):
             rows = torch.tensor([*prompt, *range(offsets[s], offsets[s + 1])])

@@ -84,10 +84,11 @@ class Keys {
     }
   }
 
-  // sums[D x kPanel] = factor * sums + X^T * panel over the first n keys, the product only for columns that see some of
-  // these keys: what others would add is 0, or NaN where this segment holds one.
-  void add_transposed(int64_t n, const Element* panel, int vectors, const IVec* sees, const float* factor,
-                      float* c, float* sums) const {
+  // sums[D x kPanel] = factor * sums + X^T * panel over the first n keys, the product only for
+  // columns that see some of these keys: what others would add is 0, or NaN where this segment
+  // holds one.
+  void add_transposed(int64_t n, const Element* panel, int vectors, const IVec* sees,
+                      const float* factor, float* c, float* sums) const {
     Rows rows;
     rows.data = reinterpret_cast<const char*>(transposed_.get());
     rows.stride = sizeof(Element);
@@ -195,8 +196,8 @@ class Worker {
     const IVec begin = IVec{} + static_cast<int32_t>(first);
     for (int j = 0; j < kVectors; ++j) {
       const int at = j * kLanes;
-      sees[j] = (load(seen.from + at) < begin + static_cast<int32_t>(n)) &
-                (load(seen.to + at) > begin);
+      sees[j] =
+          (load(seen.from + at) < begin + static_cast<int32_t>(n)) & (load(seen.to + at) > begin);
     }
   }
 
@@ -342,8 +343,8 @@ class Turns {
     }
     // The one before sees no key from here on.
     const int64_t share = a_.heads / a_.kv_heads;
-    const int64_t last = a_.offsets[a_.group_offsets[chunk.group]] +
-                         ceil_div(chunk.index * kColumns, share);
+    const int64_t last =
+        a_.offsets[a_.group_offsets[chunk.group]] + ceil_div(chunk.index * kColumns, share);
     if (begin < last) {
       const auto& before = done_[at(chunk) - a_.kv_heads];
       while (before.load(std::memory_order_acquire) < std::min(end, last)) {
@@ -541,8 +542,7 @@ class Backward : Worker<Kind> {
       }
       for (int64_t d = 0; d < a.width; d += kPanel) {
         const int64_t width = std::min<int64_t>(kPanel, a.width - d);
-        multiply<Kind>(rows, count, steps,
-                       packed + d * (kColumns / Kind::kStep) + skipped * kPanel,
+        multiply<Kind>(rows, count, steps, packed + d * (kColumns / Kind::kStep) + skipped * kPanel,
                        Queries::vectors_of(width), this->c_.get());
         for (int r = 0; r < count; ++r) {
           float* sum = to + (b + r) * a.kv_heads * a.width + d;
@@ -609,9 +609,9 @@ void backward(const AttentionBackwardArgs& args, int threads) {
   const bool own = a.type != Float::f32;
   const int64_t row = a.kv_heads * a.width;
   Buffer<float> k(own ? a.tokens * row : 0), v(own ? a.tokens * row : 0);
-  const KeyGradients sums = own ? KeyGradients{k.get(), v.get()}
-                                : KeyGradients{static_cast<float*>(args.grad_k),
-                                               static_cast<float*>(args.grad_v)};
+  const KeyGradients sums =
+      own ? KeyGradients{k.get(), v.get()}
+          : KeyGradients{static_cast<float*>(args.grad_k), static_cast<float*>(args.grad_v)};
   const int64_t blocks = ceil_div(a.tokens, kKeys);
   const auto for_each_part = [&](const auto& visit) {
     parallel_for(blocks, threads, [&](int64_t b) {

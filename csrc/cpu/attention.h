@@ -41,12 +41,12 @@ struct AttentionBackwardArgs {
   Heads out;         // what the forward gave
   const float* lse;  // [T, Hq]
   Heads grad_out;
-  const float* grad_lse;                // [T, Hq] or null
+  const float* grad_lse;           // [T, Hq] or null
   void *grad_q, *grad_k, *grad_v;  // shaped like q, k and v, contiguous
 };
 
-#define FASTRL_DECLARE_ATTENTION(isa)                                              \
-  namespace isa {                                                                  \
+#define FASTRL_DECLARE_ATTENTION(isa)                                               \
+  namespace isa {                                                                   \
   void shared_prefix_attention_fwd(const AttentionForwardArgs& args, int threads);  \
   void shared_prefix_attention_bwd(const AttentionBackwardArgs& args, int threads); \
   }
