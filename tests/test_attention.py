@@ -188,7 +188,7 @@ def test_reference_gradients():
 def test_cpu_error_is_at_most_twice_the_references(dtype, heads, kv_heads, width):
     layout = GroupLayout.from_lengths(*MIXED)
     inputs = draw(layout, heads, kv_heads, width, dtype)
-    for options in ({}, {"softcap": 3.0, "scale": 0.3}, {"window": 13}, {"window": 250}):
+    for options in ({}, {"window": 13}, {"softcap": 3.0, "scale": 0.3, "window": 150}):
         assert_accurate(inputs, layout, **options)
 
 
