@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -38,8 +39,13 @@ class Turns {
         a_.offsets[a_.group_offsets[chunk.group]] + ceil_div(chunk.index * kColumns, share);
     if (begin < last) {
       const auto& before = done_[at(chunk) - a_.kv_heads];
-      while (before.load(std::memory_order_acquire) < std::min(end, last)) {
-        std::this_thread::yield();
+      // A turn takes tens of microseconds; longer, and its thread has lost its core to another.
+      for (int tries = 0; before.load(std::memory_order_acquire) < std::min(end, last); ++tries) {
+        if (tries < 50) {
+          std::this_thread::yield();
+        } else {
+          std::this_thread::sleep_for(std::chrono::microseconds(50));
+        }
       }
     }
   }
