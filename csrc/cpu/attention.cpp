@@ -127,7 +127,7 @@ class Forward : Worker<Kind> {
       args_.lse[queries.token(column) * args_.at.heads + queries.head(column)] =
           running.max[i] * kLn2 + std::log(running.sum[i]);
     }
-    this->write(queries, p, inverse, args_.out);
+    this->write(queries, p, inverse, args_.out, args_.rest);
   }
 
   const AttentionForwardArgs& args_;

@@ -158,6 +158,9 @@ class Backward : Worker<Kind> {
     for (int64_t i = 0; i < queries.count(); ++i) {
       const int64_t t = queries.token(i), h = queries.head(i);
       to_floats(row_of(args_.out, a.type, t, h), a.type, a.width, out);
+      if (args_.rest) {
+        add_rest(out, a.type, a.width, args_.rest + (t * a.heads + h) * a.width);
+      }
       to_floats(row_of(args_.grad_out, a.type, t, h), a.type, a.width, grad);
       Vec sum = {};
       for (int64_t d = 0; d < a.width; d += kLanes) {

@@ -16,6 +16,31 @@ inline const char* row_of(const Heads& x, Float type, int64_t token, int64_t hea
          (token * x.token_stride + head * x.head_stride) * bytes(type);
 }
 
+// What rounding x to a 16-bit type took from it, in 1 / 256 of a step of that type. The gradient of
+// a score is a difference that cancels where one key has all the weight; with the rounded output
+// alone, what is left there would be the rounding.
+inline int rest_shift(Float type) { return type == Float::bf16 ? 8 : 5; }
+
+inline void keep_rest(const float* x, const float* rounded, Float type, int64_t n, int8_t* rest) {
+  const int shift = rest_shift(type);
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t exact, bits;
+    std::memcpy(&exact, x + i, sizeof exact);
+    std::memcpy(&bits, rounded + i, sizeof bits);
+    const int32_t steps = (exact - bits + (1 << (shift - 1))) >> shift;
+    rest[i] = static_cast<int8_t>(std::clamp(steps, -128, 127));
+  }
+}
+
+inline void add_rest(float* rounded, Float type, int64_t n, const int8_t* rest) {
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, rounded + i, sizeof bits);
+    bits += rest[i] * (1 << rest_shift(type));
+    std::memcpy(rounded + i, &bits, sizeof bits);
+  }
+}
+
 // Keys or values of one block: X [n, D].
 template <class Kind>
 class Keys {
@@ -154,7 +179,8 @@ class Worker {
   }
 
   // The panel's sums times factor to its columns of a contiguous [T, Hq, D].
-  void write(const Queries& queries, int64_t p, const float* factor, void* to) const {
+  void write(const Queries& queries, int64_t p, const float* factor, void* to,
+             int8_t* rest = nullptr) const {
     const int64_t padded = round_up(a_.width, kLanes);
     float* from = sums(p);
     for (int64_t d = 0; d < a_.width; ++d) {
@@ -165,8 +191,13 @@ class Worker {
     transpose_words(from, kPanel, padded, kPanel, rows_.get(), padded);
     for (int64_t i = p * kPanel; i < std::min<int64_t>((p + 1) * kPanel, queries.count()); ++i) {
       const int64_t at = (queries.token(i) * a_.heads + queries.head(i)) * a_.width;
-      from_floats(rows_.get() + (i - p * kPanel) * padded, a_.type, a_.width,
-                  static_cast<char*>(to) + at * bytes(a_.type));
+      float* row = rows_.get() + (i - p * kPanel) * padded;
+      char* rounded = static_cast<char*>(to) + at * bytes(a_.type);
+      from_floats(row, a_.type, a_.width, rounded);
+      if (rest) {
+        to_floats(rounded, a_.type, a_.width, from);
+        keep_rest(row, from, a_.type, a_.width, rest + at);
+      }
     }
   }
 

@@ -99,7 +99,7 @@ def shared_prefix_attention(
                     f"q must be float32, bfloat16 or float16 for a kernel, got {q.dtype}; "
                     "impl='reference' takes float64"
                 )
-            out, lse = torch.ops.fastrl.shared_prefix_attention(
-                q, k, v, *layout, scale, softcap or 0.0, window or 0, chosen
-            )
+            differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            settings = (scale, softcap or 0.0, window or 0, chosen, differentiated)
+            out, lse, _ = torch.ops.fastrl.shared_prefix_attention(q, k, v, *layout, *settings)
     return (out, lse) if return_lse else out
