@@ -7,7 +7,6 @@
 #include "cpu/isa.h"
 #include "cpu/logits.h"
 #include "cpu/logprob.h"
-#include "cpu/pool.h"
 #include "cpu/sample.h"
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
@@ -288,7 +287,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("build_info", &build_info);
   m.def("isa", [] { return fastrl::isa_name(fastrl::isa()); });
-  m.def("borrows_threads", &fastrl::borrows_threads);
   m.def("cpu_isas", [] { return names(fastrl::supported_isas()); });
 
   py::class_<Segments>(m, "Segments").def(py::init(&segments));

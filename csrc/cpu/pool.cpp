@@ -1,6 +1,5 @@
 #include "pool.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -10,6 +9,9 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fastrl {
 namespace {
@@ -48,7 +50,21 @@ class Tasks {
   std::exception_ptr error_;
 };
 
-// Threads of our own.
+// Some tens of microseconds, about what a sleeping thread takes to wake: calls that follow one
+// another find the workers awake.
+template <class Condition>
+bool spin_until(Condition condition) {
+  for (int i = 0; i < 2000; ++i) {
+    if (condition()) {
+      return true;
+    }
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+  return false;
+}
+
 class Pool {
  public:
   void run(Tasks& tasks, int threads) {
@@ -57,13 +73,17 @@ class Pool {
       open_seats_ = threads - 1;
       hire(open_seats_);
       tasks_ = &tasks;
-      ++round_;
+      round_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     tasks.take();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      open_seats_ = 0;  // who has not woken up by now is not waited for
+    }
+    spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    open_seats_ = 0;  // who has not woken up by now is not waited for
-    done_.wait(lock, [this] { return running_ == 0; });
+    done_.wait(lock, [this] { return running_.load(std::memory_order_relaxed) == 0; });
   }
 
  private:
@@ -79,19 +99,20 @@ class Pool {
 
   void work() {
     uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return round_ != seen; });
-      seen = round_;
+      spin_until([&] { return round_.load(std::memory_order_acquire) != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
+      seen = round_.load(std::memory_order_relaxed);
       if (open_seats_ == 0) {
         continue;
       }
       --open_seats_;
-      ++running_;
+      running_.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
       tasks_->take();
       lock.lock();
-      if (--running_ == 0) {
+      if (running_.fetch_sub(1, std::memory_order_release) == 1) {
         done_.notify_one();
       }
     }
@@ -100,21 +121,17 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   int workers_ = 0;
-  uint64_t round_ = 0;
+  std::atomic<uint64_t> round_{0};
   Tasks* tasks_ = nullptr;
-  int open_seats_ = 0, running_ = 0;
+  int open_seats_ = 0;
+  std::atomic<int> running_{0};
 };
 
-// How an OpenMP runtime starts a parallel region.
-using Region = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
-
 std::atomic<bool> busy{false};
-Region region = nullptr;
 Pool* pool = nullptr;  // never destroyed: workers wait inside it until the process ends
 
-// A forked child has none of its parent's threads, and GNU's OpenMP hangs there.
+// A forked child has none of its parent's threads.
 void start_over() {
-  region = nullptr;
   pool = new Pool;
   busy = false;
 }
@@ -122,7 +139,6 @@ void start_over() {
 void start() {
   static const bool once = [] {
     start_over();
-    region = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     pthread_atfork(nullptr, nullptr, start_over);
     return true;
   }();
@@ -137,11 +153,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
     start();
     if (!busy.exchange(true, std::memory_order_acquire)) {
       Tasks tasks(count, task);
-      if (region) {
-        region([](void* tasks) { static_cast<Tasks*>(tasks)->take(); }, &tasks, threads, 0);
-      } else {
-        pool->run(tasks, threads);
-      }
+      pool->run(tasks, threads);
       busy.store(false, std::memory_order_release);
       return tasks.rethrow();
     }
@@ -149,11 +161,6 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
   for (int64_t i = 0; i < count; ++i) {
     task(i);
   }
-}
-
-bool borrows_threads() {
-  start();
-  return region != nullptr;
 }
 
 }  // namespace fastrl

@@ -1,7 +1,7 @@
-// Threads for the CPU kernels: those of the OpenMP runtime that torch has loaded, looked up in the
-// process, or else our own. Threads of our own beside torch's fight for the cores, as torch's spin
-// for a while after each of its ops; linking OpenMP would bring in a second runtime with the same
-// effect. GNU's hangs in a forked child (a DataLoader's worker), so there they are our own.
+// Threads for the CPU kernels. Not OpenMP: GNU's hangs in a forked DataLoader worker, and a team of
+// it waits at every region's end for each of its threads, so that on a machine with other work a
+// backward of many regions took up to three times as long. Here whoever has not woken up in time is
+// not waited for.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,5 @@ namespace fastrl {
 // task and calls that find the pool busy run on the caller alone. The first exception is thrown
 // again here.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
-
-// Whether they are the OpenMP runtime's.
-bool borrows_threads();
 
 }  // namespace fastrl
