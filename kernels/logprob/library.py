@@ -108,6 +108,7 @@ def _setup(ctx, inputs, output):
     tensors, ctx.settings = inputs[:5], inputs[5:]
     *statistics, kept = output
     ctx.save_for_backward(*tensors, kept, *statistics)
+    ctx.set_materialize_grads(False)  # or there are zeros as large as `kept`
 
 
 def _autograd(ctx, grad_logprob, grad_lse, grad_entropy, _):

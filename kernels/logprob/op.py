@@ -75,7 +75,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
-    workspace_mb: float = 64.0,
+    workspace_mb: float = 60.0,
     impl: str = "auto",
     tp_group: "dist.ProcessGroup | None" = None,
 ) -> LogProbs:
