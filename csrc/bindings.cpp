@@ -6,6 +6,7 @@
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/logprob.h"
+#include "cpu/sample.h"
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
 #include "cuda/error.h"
@@ -23,8 +24,10 @@ using fastrl::LinearArgs;
 using fastrl::LogprobBackwardArgs;
 using fastrl::LogprobForwardArgs;
 using fastrl::ReturnsArgs;
+using fastrl::SampleArgs;
 using fastrl::Segments;
 using fastrl::VtraceArgs;
+using fastrl::Workspace;
 
 namespace {
 
@@ -75,8 +78,7 @@ void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args, int threads) {
 void shared_prefix_attention_fwd_cpu(const AttentionForwardArgs& args, int threads) {
   FASTRL_DISPATCH(shared_prefix_attention_fwd, args, threads)
 }
-void shared_prefix_attention_bwd_cpu(const AttentionBackwardArgs& args,
-                                     int threads){
+void shared_prefix_attention_bwd_cpu(const AttentionBackwardArgs& args, int threads){
     FASTRL_DISPATCH(shared_prefix_attention_bwd, args, threads)}
 
 Heads heads(Address data, int64_t token_stride, int64_t head_stride) {
@@ -120,13 +122,17 @@ AttentionBackwardArgs attention_bwd_args(const AttentionArgs& at, const Heads& o
           pointer<void>(grad_v)};
 }
 
-LinearArgs
-    linear_args(int64_t rows, int64_t width, int64_t vocab, Address hidden, Float hidden_type,
-                Address weight, Float weight_type, int64_t weight_stride, Address bias,
-                Address inv_temperature, Address target, float logit_scale, float softcap) {
+void linear_sample_cpu(const SampleArgs& args,
+                       int threads){FASTRL_DISPATCH(linear_sample, args, threads)}
+
+LinearArgs linear_args(int64_t rows, int64_t width, int64_t vocab, Address index, Address hidden,
+                       Float hidden_type, Address weight, Float weight_type, int64_t weight_stride,
+                       Address bias, Address inv_temperature, Address target, float logit_scale,
+                       float softcap) {
   return {rows,
           width,
           vocab,
+          pointer<const int64_t>(index),
           pointer<const void>(hidden),
           hidden_type,
           pointer<const void>(weight),
@@ -139,15 +145,37 @@ LinearArgs
           softcap};
 }
 
-LogprobForwardArgs forward_args(const LinearArgs& linear, Address logprob, Address lse,
-                                Address entropy) {
-  return {linear, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
+Workspace workspace(int64_t limit, Address kept, int64_t kept_bytes) {
+  return {limit, pointer<void>(kept), kept_bytes};
 }
 
-LogprobBackwardArgs backward_args(const LinearArgs& linear, Address lse, Address entropy,
+LogprobForwardArgs forward_args(const LinearArgs& linear, const Workspace& workspace,
+                                Address logprob, Address lse, Address entropy) {
+  return {linear, workspace, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
+}
+
+SampleArgs sample_args(const LinearArgs& linear, Address seeds, Address positions, bool greedy,
+                       int64_t top_k, double top_p, double min_p, Address token, Address logprob,
+                       Address untruncated) {
+  return {linear,
+          pointer<const int64_t>(seeds),
+          pointer<const int64_t>(positions),
+          greedy,
+          top_k,
+          top_p,
+          min_p,
+          pointer<int64_t>(token),
+          pointer<float>(logprob),
+          pointer<float>(untruncated)};
+}
+
+LogprobBackwardArgs backward_args(const LinearArgs& linear, const Workspace& workspace,
+                                  Address logprob, Address lse, Address entropy,
                                   Address grad_logprob, Address grad_lse, Address grad_entropy,
                                   Address grad_hidden, Address grad_weight, Address grad_bias) {
   return {linear,
+          workspace,
+          pointer<const float>(logprob),
           pointer<const float>(lse),
           pointer<const float>(entropy),
           pointer<const float>(grad_logprob),
@@ -206,8 +234,10 @@ PYBIND11_MODULE(_C, m) {
       .value("bfloat16", Float::bf16)
       .value("float16", Float::f16);
   py::class_<LinearArgs>(m, "linear_args").def(py::init(&linear_args));
+  py::class_<Workspace>(m, "workspace").def(py::init(&workspace));
   py::class_<LogprobForwardArgs>(m, "linear_logprob_fwd_args").def(py::init(&forward_args));
   py::class_<LogprobBackwardArgs>(m, "linear_logprob_bwd_args").def(py::init(&backward_args));
+  py::class_<SampleArgs>(m, "linear_sample_args").def(py::init(&sample_args));
 
   py::class_<Heads>(m, "Heads").def(py::init(&heads));
   py::class_<AttentionArgs>(m, "attention_args").def(py::init(&attention_args));
@@ -218,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("shared_prefix_attention_bwd_cpu", &shared_prefix_attention_bwd_cpu, release());
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
   m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());
+  m.def("linear_sample_cpu", &linear_sample_cpu, release());
   m.def("gae_cpu", &gae_cpu, release());
   m.def("discounted_returns_cpu", &returns_cpu, release());
   m.def("vtrace_cpu", &vtrace_cpu, release());

@@ -48,6 +48,16 @@ def _seeded():
 
 
 @pytest.fixture(scope="session")
+def ranks():
+    """Two processes that run a function side by side; see ranks.py."""
+    from ranks import Ranks
+
+    both = Ranks()
+    yield both
+    both.end()
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     from fastrl.models import character_tokenizer
 

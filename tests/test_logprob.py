@@ -1,25 +1,12 @@
-"""Log-probs and sampling against hand-computed numbers and float64."""
+"""linear_logprob against hand-computed numbers and float64."""
 
 import math
 
 import pytest
 import torch
+from lm_head import IMPLS, every_impl, needs_cpu, problem
 
-from fastrl.kernels import linear_logprob, linear_sample, logprob_from_logits, native
-from fastrl.kernels.logprob.reference import gumbel, truncate
-
-CPU = torch.device("cpu")
-IMPLS = [i for i in ("reference", "cpu") if native.unavailable(i, CPU) is None]
-every_impl = pytest.mark.parametrize("impl", IMPLS)
-needs_cpu = pytest.mark.skipif("cpu" not in IMPLS, reason=f"no cpu kernels: {native.why_missing}")
-
-
-def problem(n=17, h=32, v=151, dtype=torch.float32, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, h, generator=g, dtype=torch.float64)
-    weight = torch.randn(v, h, generator=g, dtype=torch.float64)
-    target = torch.randint(v, (n,), generator=g)
-    return hidden.to(dtype), weight.to(dtype), target
+from fastrl.kernels import linear_logprob
 
 
 @every_impl
@@ -94,22 +81,15 @@ def test_extreme_logits(impl):
     assert out.lse.item() == pytest.approx(-120.0) and out.logprob.item() == pytest.approx(
         0.0, abs=1e-6
     )
-    logits = torch.tensor([[float("-inf"), 80.0, -100.0]])
-    out = logprob_from_logits(logits, torch.tensor([1]), entropy=True)
-    assert out.logprob.item() == 0.0 and out.entropy.item() == 0.0
-    logits = torch.tensor([[float("-inf"), 1.0, 2.0]], requires_grad=True)
-    logprob_from_logits(logits, torch.tensor([1]), entropy=True).entropy.sum().backward()
-    assert torch.isfinite(logits.grad).all()
-
-
-def test_logprob_from_logits_with_several_targets():
-    logits = torch.randn(4, 5, 11)
-    target = torch.randint(11, (4, 5, 3))
-    out = logprob_from_logits(logits, target, temperature=0.7)
-    want = torch.log_softmax(logits / 0.7, -1).gather(-1, target)
-    torch.testing.assert_close(out.logprob, want)
-    one = logprob_from_logits(logits, target[..., 0], temperature=0.7)
-    torch.testing.assert_close(one.logprob, want[..., 0])
+    # Whole blocks of masked entries, and a temperature that scales them.
+    bias = torch.zeros(300)
+    bias[100:] = float("-inf")
+    options = {"temperature": 0.5, "entropy": True, "impl": impl}
+    out = linear_logprob(
+        torch.ones(1, 1), torch.zeros(300, 1), torch.tensor([1]), bias=bias, **options
+    )
+    assert out.logprob.item() == pytest.approx(-math.log(100), abs=1e-5)
+    assert out.entropy.item() == pytest.approx(math.log(100), abs=1e-5)
 
 
 @every_impl
@@ -241,6 +221,39 @@ def test_cpu_bits_depend_on_neither_batch_nor_threads(dtype):
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", ["logprob", "all"])
+def test_cpu_workspace_changes_no_bit(dtype, which):
+    """Nothing kept and a walk for each gradient, some blocks kept, all: with ignored rows."""
+    hidden, weight, target = problem(3300, 24, 1009, dtype)
+    weight = weight / 5
+    target[::3] = -100
+    upstream = torch.randn(3300)
+
+    def run(workspace_mb, needs=(True, True)):
+        inputs = [
+            x.detach().requires_grad_(n) for x, n in zip((hidden, weight), needs, strict=True)
+        ]
+        options = {"temperature": 0.8, "entropy": True, "impl": "cpu", "workspace_mb": workspace_mb}
+        out = linear_logprob(*inputs, target, **options)
+        loss = (out.logprob * upstream).sum()
+        if which == "all":
+            loss = loss + (out.entropy * upstream)[:900].sum() - 0.1 * out.lse.sum()
+        loss.backward()
+        return [x.grad for x in inputs]
+
+    least = run(0)
+    assert all(x.abs().sum() > 0 for x in least)
+    for workspace_mb in (7.5, 9, 64):
+        assert all(torch.equal(a, b) for a, b in zip(run(workspace_mb), least, strict=True))
+    for needs in ((True, False), (False, True)):
+        for some, whole in zip(run(64, needs), least, strict=True):
+            assert some is None or torch.equal(some, whole)
+    with pytest.raises(ValueError, match="workspace_mb=-1 must be 0 or more"):
+        run(-1)
+
+
+@needs_cpu
 def test_cpu_frozen_operands_layouts_and_empty_batches():
     hidden, weight, target = problem(40, 32, 300)
     wide = torch.cat([weight, weight], dim=1)
@@ -322,80 +335,3 @@ def test_cpu_more_logits_than_int32_counts():
     some = torch.tensor([0, 1, n // 2, n - 2, n - 1])
     want = linear_logprob(hidden[some].double(), weight.double(), target[some])
     torch.testing.assert_close(out.logprob[some].double(), want.logprob, rtol=1e-5, atol=1e-5)
-
-
-def sample(hidden, weight, rows, **options):
-    return linear_sample(hidden, weight, seeds=rows, positions=torch.zeros_like(rows), **options)
-
-
-def test_samples_follow_the_softmax():
-    weight = torch.randn(13, 4)
-    hidden = torch.randn(1, 4)
-    n = 20_000
-    drawn = sample(hidden.expand(n, -1), weight, torch.arange(n), temperature=0.8)
-    p = torch.softmax((hidden @ weight.T)[0] / 0.8, -1).double()
-    counts = torch.bincount(drawn.token, minlength=13).double()
-    # 99.9% quantile of chi-square with 12 degrees of freedom.
-    assert ((counts - p * n).square() / (p * n)).sum() < 32.9
-    torch.testing.assert_close(
-        drawn.logprob, torch.log(p).float()[drawn.token], rtol=1e-5, atol=1e-5
-    )
-    assert torch.equal(drawn.logprob, drawn.untruncated_logprob)
-
-
-def test_noise_depends_on_seed_position_and_entry_alone():
-    seeds, positions = torch.arange(50), torch.arange(50) % 7
-    whole = gumbel(seeds, positions, 33)
-    assert torch.equal(gumbel(seeds[13:14], positions[13:14], 33)[0], whole[13])
-    assert torch.equal(gumbel(seeds, positions, 20), whole[:, :20])
-    assert len(torch.unique(whole)) > 0.999 * whole.numel()
-    assert torch.isfinite(whole).all()
-    # Mean and variance of a standard Gumbel: Euler's constant and pi^2 / 6.
-    many = gumbel(torch.arange(1000), torch.zeros(1000, dtype=torch.int64), 1000)
-    assert many.mean().item() == pytest.approx(0.5772, abs=5e-3)
-    assert many.var().item() == pytest.approx(math.pi**2 / 6, abs=2e-2)
-
-
-def test_truncation_by_hand_and_against_transformers():
-    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
-    kept = lambda x: torch.isfinite(x)[0].tolist()  # noqa: E731
-    assert kept(truncate(logits, top_k=2)) == [True, True, False, False]
-    assert kept(truncate(logits, top_p=0.75)) == [True, True, False, False]
-    assert kept(truncate(logits, top_p=1e-9)) == [True, False, False, False]
-    assert kept(truncate(logits, min_p=0.2)) == [True, True, True, False]
-    logits = torch.randn(9, 101)
-    want = TopKLogitsWarper(20)(None, logits)
-    want = TopPLogitsWarper(0.8)(None, want)
-    want = MinPLogitsWarper(0.1)(None, want)
-    assert torch.equal(torch.isfinite(truncate(logits, 20, 0.8, 0.1)), torch.isfinite(want))
-
-
-def test_truncated_and_greedy_sampling():
-    hidden, weight, _ = problem(n=200, v=23)
-    drawn = sample(hidden, weight, torch.arange(200), top_k=3, temperature=1.3)
-    logits = hidden @ weight.T
-    assert torch.isin(drawn.token.unsqueeze(1), torch.arange(23)).all()
-    assert (logits.topk(3).indices == drawn.token.unsqueeze(1)).any(1).all()
-    three = torch.log_softmax(logits.topk(3).values / 1.3, -1)
-    at = (logits.topk(3).indices == drawn.token.unsqueeze(1)).int().argmax(1)
-    torch.testing.assert_close(drawn.logprob, three[torch.arange(200), at], rtol=1e-5, atol=1e-5)
-    assert (drawn.untruncated_logprob <= drawn.logprob).all()
-    greedy = sample(hidden, weight, torch.arange(200), temperature=0.0)
-    assert torch.equal(greedy.token, logits.argmax(-1)) and not greedy.logprob.any()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"min_p": 2.0}, "min_p=2.0"),
-    ],
-)
-def test_bad_sampling_arguments_are_named(options, message):
-    hidden, weight, _ = problem()
-    with pytest.raises(ValueError, match=message):
-        sample(hidden, weight, torch.arange(17), **options)

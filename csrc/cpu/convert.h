@@ -96,13 +96,19 @@ inline void from_floats(const float* from, Float type, int64_t n, void* to) {
     return;
   }
   auto* y = static_cast<uint16_t*>(to);
+  int64_t i = 0;
   if (type == Float::bf16) {
-    for (int64_t i = 0; i < n; ++i) {
+#if defined(__AVX512BF16__)
+    for (; i + 16 <= n; i += 16) {
+      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
+      std::memcpy(y + i, &rounded, sizeof rounded);
+    }
+#endif
+    for (; i < n; ++i) {
       y[i] = float_to_bf16(from[i]);
     }
     return;
   }
-  int64_t i = 0;
 #if defined(__AVX2__)
   for (; i + 8 <= n; i += 8) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i),

@@ -6,19 +6,18 @@
 // A is read where it lies, one scalar (or one pair of bf16) broadcast at a time, so weights need no
 // copy. B is packed into panels of kPanel columns, a column per lane, so that what follows a
 // product (a maximum over the rows, say) runs down the rows without crossing lanes. The depth is
-// summed in blocks of kDepth, each from zero and in order: an element of C has the same bits
+// summed in blocks of Kind::kSteps, each from zero and in order: an element of C has the same bits
 // whatever block, panel or batch it is computed in.
 //
 // Two kinds: floats; or bf16 pairs, two neighbours in depth side by side in 32 bits, whose products
-// the CPU sums in float (AVX-512 BF16).
+// the CPU sums in float (AVX-512 BF16; AMX, where a pair of neighbouring rows of a panel is a row
+// of a tile).
 #pragma once
 
 #include <algorithm>
 
 #include "simd.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "tiles.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
@@ -28,34 +27,60 @@ namespace {
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int kPanel = kVectors * kLanes;
 constexpr int kRows = 6;
-constexpr int kBlock = 48;   // rows of A taken together; a multiple of 2 kRows
-constexpr int kDepth = 256;  // elements of depth summed from zero
-
-inline Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#ifdef FASTRL_TILES
+constexpr int kBlock = 96;  // rows of A taken together; a multiple of 2 kRows and of a tile's rows
 #else
-  return a * b + c;
+constexpr int kBlock = 48;
 #endif
-}
 
-// One element of A or B as it is stored: a float, or a pair of bf16 as 32 bits.
+// One element of A or B as it is stored: a float, or a pair of bf16 as 32 bits. And how numbers
+// that a product will read are kept meanwhile: as exactly as that product needs them.
 struct Floats {
   using Element = float;
-  static constexpr int kStep = 1;  // elements of depth in one
+  static constexpr int kStep = 1;         // elements of depth in one
+  static constexpr int64_t kSteps = 256;  // that are summed from zero
   static inline Vec multiply_add(const float* a, Vec b, Vec c) { return fma(splat(*a), b, c); }
+
+  using Kept = float;
+  static inline void keep(Vec x, float* to) { store(to, x); }
+  static inline Vec kept(const float* from) { return load(from); }
+  static inline Vec rounded(Vec x) { return x; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(FASTRL_TILES)
+#define FASTRL_PAIRS
 struct Pairs {
   using Element = uint32_t;
   static constexpr int kStep = 2;
+#ifdef FASTRL_TILES
+  static constexpr int64_t kSteps = 256;
+#else
+  static constexpr int64_t kSteps = 128;
+#endif
   static inline Vec multiply_add(const uint32_t* a, Vec b, Vec c) {
     int32_t bits;  // a row may start at any even address
     std::memcpy(&bits, a, sizeof bits);
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)b);
+  }
+
+  using Kept = uint16_t;  // bf16
+  static inline void keep(Vec x, uint16_t* to) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &rounded, sizeof rounded);
+  }
+  static inline Vec kept(const uint16_t* from) {
+    __m256i halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  }
+  static inline Vec rounded(Vec x) {
+    uint16_t halves[kLanes];
+    keep(x, halves);
+    return kept(halves);
+  }
+  static inline Vec pairs(const uint16_t* even, const uint16_t* odd) {
+    const auto bits = [](Vec x) { return _mm512_castps_si512((__m512)x); };
+    return (Vec)_mm512_or_si512(bits(kept(odd)), _mm512_srli_epi32(bits(kept(even)), 16));
   }
 };
 #endif
@@ -104,7 +129,7 @@ inline void multiply_tile(const Rows& a, int r0, int64_t k0, int64_t steps,
 template <class Kind>
 void multiply(const Rows& a, int rows, int64_t steps, const typename Kind::Element* panel,
               int vectors, float* c) {
-  constexpr int64_t kSteps = kDepth / Kind::kStep;
+  constexpr int64_t kSteps = Kind::kSteps;
   if (vectors == 1) {  // few columns: each row of A streams through once
     for (int r = 0; r < rows; r += 2 * kRows) {
       for (int64_t k = 0; k < steps; k += kSteps) {
@@ -124,6 +149,112 @@ void multiply(const Rows& a, int rows, int64_t steps, const typename Kind::Eleme
     }
   }
 }
+
+#ifdef FASTRL_TILES
+
+static_assert(kLanes == 16 && kBlock % 32 == 0);
+
+// 16 rows of A from r0, 16 Elements of each, into tile T; where they do not lie as a tile is read,
+// or there are fewer Elements, through a copy.
+template <int T>
+inline void load_rows(const Rows& a, int r0, int64_t k0, int64_t steps) {
+  const int64_t stride = a.row[r0 + 1] - a.row[r0];
+  const char* from = a.data + a.row[r0] + k0 * a.stride;
+  if (steps == 16 && a.stride == 4 && a.row[r0 + 15] - a.row[r0] == 15 * stride) {
+    return tile_load<T>(from, stride);
+  }
+  alignas(64) uint32_t copy[16][16] = {};
+  for (int r = 0; r < 16; ++r) {
+    for (int64_t k = 0; k < steps; ++k) {
+      std::memcpy(&copy[r][k], a.data + a.row[r0 + r] + (k0 + k) * a.stride, 4);
+    }
+  }
+  tile_load<T>(copy, 64);
+}
+
+// 16 columns of B, likewise.
+template <int T>
+inline void load_columns(const uint32_t* from, int64_t steps) {
+  if (steps == 16) {
+    return tile_load<T>(from, kPanel * 4);
+  }
+  alignas(64) uint32_t copy[16][16] = {};
+  for (int64_t k = 0; k < steps; ++k) {
+    std::memcpy(copy[k], from + k * kPanel, 64);
+  }
+  tile_load<T>(copy, 64);
+}
+
+template <int T>
+inline void store_sums(float* to, bool first) {
+  if (first) {
+    return tile_store<T>(to, kPanel * 4);
+  }
+  alignas(64) float sum[16][16];
+  tile_store<T>(sum, 64);
+  for (int r = 0; r < 16; ++r) {
+    store(to + r * kPanel, load(to + r * kPanel) + load(sum[r]));
+  }
+}
+
+// R x V tiles of C: two by two loads half as many tiles as it multiplies.
+template <int R, int V>
+void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint32_t* panel,
+                    float* c, bool first) {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  const uint32_t* b = panel + k0 * kPanel;
+  for (int64_t k = 0; k < steps; k += 16, b += 16 * kPanel) {
+    const int64_t count = std::min<int64_t>(16, steps - k);
+    load_columns<6>(b, count);
+    load_rows<4>(a, r0, k0 + k, count);
+    tile_multiply_bf16<0, 4, 6>();
+    if constexpr (V == 2) {
+      load_columns<7>(b + 16, count);
+      tile_multiply_bf16<1, 4, 7>();
+    }
+    if constexpr (R == 2) {
+      load_rows<5>(a, r0 + 16, k0 + k, count);
+      tile_multiply_bf16<2, 5, 6>();
+      if constexpr (V == 2) {
+        tile_multiply_bf16<3, 5, 7>();
+      }
+    }
+  }
+  float* to = c + r0 * kPanel;
+  store_sums<0>(to, first);
+  if constexpr (V == 2) {
+    store_sums<1>(to + 16, first);
+  }
+  if constexpr (R == 2) {
+    store_sums<2>(to + 16 * kPanel, first);
+    if constexpr (V == 2) {
+      store_sums<3>(to + 16 * kPanel + 16, first);
+    }
+  }
+}
+
+// As above: a slice of 32 columns of the panel stays in L1 while A streams by.
+template <>
+void multiply<Pairs>(const Rows& a, int rows, int64_t steps, const uint32_t* panel, int vectors,
+                     float* c) {
+  const Tiles tiles;
+  for (int64_t k = 0; k < steps; k += Pairs::kSteps) {
+    const int64_t count = std::min(Pairs::kSteps, steps - k);
+    for (int j = 0; j < vectors; j += 2) {
+      for (int r = 0; r < rows; r += 32) {
+        const bool two = r + 16 < rows;
+        const auto run = vectors == 1 ? (two ? multiply_tiles<2, 1> : multiply_tiles<1, 1>)
+                                      : (two ? multiply_tiles<2, 2> : multiply_tiles<1, 2>);
+        run(a, r, k, count, panel + j * 16, c + j * 16, k == 0);
+      }
+    }
+  }
+}
+
+#endif
 
 }  // namespace
 }  // namespace FASTRL_ISA

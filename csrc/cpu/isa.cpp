@@ -67,7 +67,7 @@ bool has_avx512_bf16() {
 }
 
 // Linux keeps the tile registers from a process until it asks: the signal frame grows by 8 KB.
-bool request_tiles() {
+[[maybe_unused]] bool request_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
@@ -78,12 +78,16 @@ bool request_tiles() {
 }
 
 bool has_amx() {
+#ifdef FASTRL_EMULATE_AMX
+  return has_avx512_bf16();
+#else
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     return false;
   }
   constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
   return (d & kTiles) == kTiles && request_tiles();
+#endif
 }
 #endif
 

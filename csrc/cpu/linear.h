@@ -12,7 +12,7 @@ namespace FASTRL_ISA {
 namespace {
 
 constexpr int64_t kTokens = 2048;          // packed at a time, fewer for wide models:
-constexpr int64_t kTokenFloats = 4 << 20;  // their hidden states as floats
+constexpr int64_t kTokenFloats = 2 << 20;  // their hidden states as floats
 
 inline Vec tanh(Vec x) {
   const Vec square = x * x;
@@ -25,8 +25,6 @@ inline Vec tanh(Vec x) {
   const Vec far = 1.0f - 2.0f / (exp(x + x) + 1.0f);
   return select((x < splat(0.625f)) & (x > splat(-0.625f)), near, far);
 }
-
-inline Vec at_least(Vec x, Vec limit) { return select(x < limit, limit, x); }
 
 // The tokens [first, first + count) of a problem, packed for products with rows of the weight.
 template <class Kind>
@@ -78,6 +76,9 @@ class Tokens {
   void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
     const int vectors = this->vectors(p);
     multiply<Kind>(rows, n, steps_, packed_.get() + p * kPanel * steps_, vectors, z);
+    if (!a_.bias && a_.logit_scale == 1.0f && a_.softcap <= 0.0f) {
+      return;
+    }
     for (int r = 0; r < n; ++r) {
       const float bias = a_.bias ? a_.bias[v0 + r] : 0.0f;
       for (int j = 0; j < vectors; ++j) {
@@ -98,7 +99,7 @@ class Tokens {
     for (int64_t i = 0; i < kPanel; ++i) {
       auto* elements = reinterpret_cast<Element*>(row.get());
       if (i < in_panel(p)) {
-        const int64_t at = (first_ + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
+        const int64_t at = a_.row(first_ + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
         const char* from = static_cast<const char*>(a_.hidden) + at;
         if constexpr (Kind::kStep == 1) {
           to_floats(from, a_.hidden_type, a_.width, elements);

@@ -13,30 +13,44 @@ namespace fastrl {
 
 struct LinearArgs {
   int64_t rows, width, vocab;  // N, H, V
-  const void* hidden;          // [N, H], contiguous
+  const int64_t* index;        // [N] which rows of hidden and of every [...]; null for the first N
+  const void* hidden;          // [..., H], contiguous
   Float hidden_type;
   const void* weight;  // [V, H], rows weight_stride elements apart
   Float weight_type;
   int64_t weight_stride;
   const float* bias;             // [V] or null
-  const float* inv_temperature;  // [N]
-  const int64_t* target;         // [N], each in [0, V)
+  const float* inv_temperature;  // [...]
+  const int64_t* target;         // [...], each in [0, V)
   float logit_scale;
   float softcap;  // 0 for none
+
+  int64_t row(int64_t t) const { return index ? index[t] : t; }
+};
+
+// Memory that a call may hold, in bytes. `kept` carries exponentials of the logits, which the
+// backward need not compute again, from the forward to it. Whether they are there or not, and how
+// the rest is used, changes no bit of any result.
+struct Workspace {
+  int64_t limit;
+  void* kept;
+  int64_t kept_bytes;  // at most
 };
 
 struct LogprobForwardArgs {
   LinearArgs linear;
-  float *logprob, *lse, *entropy;  // [N]
+  Workspace workspace;             // limit 0 where no backward follows
+  float *logprob, *lse, *entropy;  // [...]
 };
 
 struct LogprobBackwardArgs {
   LinearArgs linear;
-  const float *lse, *entropy;                           // [N], what the forward gave
-  const float *grad_logprob, *grad_lse, *grad_entropy;  // [N]
-  void* grad_hidden;                                    // [N, H] contiguous in hidden_type, or null
-  void* grad_weight;                                    // [V, H] contiguous in weight_type, or null
-  float* grad_bias;                                     // [V] or null
+  Workspace workspace;                                  // the forward's
+  const float *logprob, *lse, *entropy;                 // [...], what the forward gave
+  const float *grad_logprob, *grad_lse, *grad_entropy;  // [...]
+  void* grad_hidden;  // [..., H] contiguous in hidden_type, or null
+  void* grad_weight;  // [V, H] contiguous in weight_type, or null
+  float* grad_bias;   // [V] or null
 };
 
 #define FASTRL_DECLARE_LOGPROB(isa)                                      \

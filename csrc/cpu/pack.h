@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "convert.h"
 #include "gemm.h"
@@ -14,6 +17,21 @@ namespace {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Asks for huge pages in memory that is about to be written for the first time: a fault for each
+// 4 KiB of it takes several times as long as the writing.
+inline void use_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kHuge = 2 << 20;
+  const auto address = reinterpret_cast<int64_t>(memory);
+  const int64_t begin = round_up(address, kHuge), end = (address + bytes) / kHuge * kHuge;
+  if (begin < end) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish
+  }
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 // Memory that nobody has written, on a cache line.
 template <class T>
@@ -28,35 +46,42 @@ class Buffer {
 
  private:
   static T* allocate(int64_t n) {
-    void* memory = std::aligned_alloc(64, round_up(std::max<int64_t>(n, 1) * sizeof(T), 64));
+    const int64_t size = round_up(std::max<int64_t>(n, 1) * sizeof(T), 64);
+    void* memory = std::aligned_alloc(64, size);
     if (memory == nullptr) {
       throw std::bad_alloc();
     }
+    use_huge_pages(memory, size);
     return static_cast<T*>(memory);
   }
   T* data_;
 };
 
 // Interleaves kStep neighbouring rows and cuts them into panels of columns, so that rows become the
-// depth of a product:  [panel][row / kStep][kPanel] Elements. Missing rows and columns are 0.
+// depth of a product:  [panel][row / kStep][kPanel] Elements. Missing rows and columns are 0. Row r
+// lies at index[r], if there is an index.
 inline void pack_rows(Floats, const char* from, int64_t stride, Float type, int64_t first,
-                      int64_t rows, int64_t width, int64_t depth, float* to) {
+                      int64_t rows, int64_t width, int64_t depth, float* to,
+                      const int64_t* index = nullptr) {
   for (int64_t r = first; r < first + rows; ++r) {
+    const int64_t row = (index ? index[r] : r) * stride;
     for (int64_t h = 0; h < width; h += kPanel) {
       float* panel = to + h * depth + r * kPanel;
       const int64_t n = std::min<int64_t>(kPanel, width - h);
-      to_floats(from + (r * stride + h) * bytes(type), type, n, panel);
+      to_floats(from + (row + h) * bytes(type), type, n, panel);
       std::fill(panel + n, panel + kPanel, 0.0f);
     }
   }
 }
 
-#if defined(__AVX512BF16__)
+#ifdef FASTRL_PAIRS
 inline void pack_rows(Pairs, const char* from, int64_t stride, Float, int64_t first, int64_t rows,
-                      int64_t width, int64_t depth, uint32_t* to) {
+                      int64_t width, int64_t depth, uint32_t* to, const int64_t* index = nullptr) {
+  const auto* data = reinterpret_cast<const uint16_t*>(from);
   for (int64_t r = first; r < first + rows; r += 2) {
-    const auto* even = reinterpret_cast<const uint16_t*>(from) + r * stride;
-    const auto* odd = r + 1 < first + rows ? even + stride : nullptr;
+    const bool two = r + 1 < first + rows;
+    const auto* even = data + (index ? index[r] : r) * stride;
+    const auto* odd = two ? data + (index ? index[r + 1] : r + 1) * stride : nullptr;
     for (int64_t h = 0; h < width; h += kPanel) {
       uint32_t* panel = to + h * (depth / 2) + r / 2 * kPanel;
       const int64_t n = std::min<int64_t>(kPanel, width - h);

@@ -1,11 +1,16 @@
 // Vectors of the instruction set being compiled, in its namespace: GCC's and Clang's vector types,
 // so that one source serves all of them. Only +, -, *, comparisons and shuffles, in the order
-// written (the build has -ffp-contract=off): every instruction set computes the same bits.
+// written (the build has -ffp-contract=off): every instruction set computes the same bits. The
+// exceptions are `fma` and what is made of it, which round once where the CPU can.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fastrl {
 namespace FASTRL_ISA {
@@ -51,7 +56,29 @@ inline Vec as_float(IVec bits) {
 inline Vec select(IVec where, Vec a, Vec b) { return where ? a : b; }
 
 // NaN in x stays NaN, as in torch.clamp.
+inline Vec at_least(Vec x, Vec limit) {
+#if defined(__AVX512F__) && FASTRL_MAX_LANES >= 16
+  // x where either is NaN; the plain intrinsic warns of the operand that it leaves undefined.
+  return (Vec)_mm512_mask_max_ps((__m512)x, 0xffff, (__m512)limit, (__m512)x);
+#elif defined(__AVX2__) && FASTRL_MAX_LANES >= 8
+  return (Vec)_mm256_max_ps((__m256)limit, (__m256)x);
+#else
+  return select(x < limit, limit, x);
+#endif
+}
+
 inline Vec at_most(Vec x, Vec limit) { return select(limit < x, limit, x); }
+
+// a b + c
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__) && FASTRL_MAX_LANES >= 16
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && FASTRL_MAX_LANES >= 8
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 
 template <int... J>
 inline Vec shuffle(Vec x, Vec y, std::integer_sequence<int, J...>) {
@@ -115,6 +142,25 @@ inline Vec exp(Vec x) {
   p = (p * (r * r) + r) + 1.0f;
   const IVec whole = as_int(shifted) - as_int(splat(kRound)), half = whole >> 1;
   return (p * as_float((half + 127) << 23)) * as_float((whole - half + 127) << 23);
+}
+
+// e^x within 2 ulp for x from kLowest to 0 and a little above, 1 for 0, NaN for NaN, never
+// subnormal. A third of the work of exp.
+constexpr float kLowest = -86.0f;
+
+inline Vec exp_from_lowest(Vec x) {
+  constexpr float kRound = 12582912.0f;
+  const Vec shifted = fma(x, splat(1.44269504f), splat(kRound));
+  const Vec r = fma(shifted - kRound, splat(-0.693147181f), x);
+  // The least relative error of all polynomials of its degree with p(0) = 1, |r| <= ln(2) / 2.
+  Vec p = splat(1.38436072e-3f);
+  p = fma(p, r, splat(8.37419555e-3f));
+  p = fma(p, r, splat(4.16680053e-2f));
+  p = fma(p, r, splat(1.66664302e-1f));
+  p = fma(p, r, splat(4.99999940e-1f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  return as_float(as_int(p) + (as_int(shifted) << 23));  // the low bits of `shifted` are the power
 }
 
 }  // namespace

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.kernels import LogProbs, linear_logprob
-from fastrl.models.head import backbone, lm_head
+from fastrl.models.head import as_forward, backbone, lm_head
 
 IGNORED = -100
 
 
+@as_forward
 def completion_logprobs(
     model: nn.Module,
     prompt_ids: Sequence[Sequence[int]],

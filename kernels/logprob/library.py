@@ -5,7 +5,7 @@ An implementation is a module beside this one with two functions,
     forward(problem, kept) -> (logprob, lse, entropy)
     backward(problem, kept, upstream, needed) -> (grad_hidden, grad_weight, grad_bias)
 
-where `kept` is the workspace: memory that the forward may fill with what spares the backward work.
+where `kept` is memory that the forward may fill with what spares the backward work.
 """
 
 import importlib
@@ -31,12 +31,13 @@ class Problem(NamedTuple):
     logit_scale: float
     ignore_index: int
     impl: str
-    workspace: int  # bytes at most in `kept`; 0 where no gradient will be asked for
+    workspace: int  # bytes of scratch at most, `kept` included; 0 where no backward follows
 
 
 class Upstream(NamedTuple):
-    """What the backward is given, each [...]."""
+    """What the backward is given, each [...]: the forward's results, and gradients of them."""
 
+    logprob: Tensor
     lse: Tensor
     entropy: Tensor
     grad_logprob: Tensor
@@ -57,21 +58,22 @@ _library.define(
 )
 
 
-def _implementation(impl: str):
+def implementation(impl: str):
+    """The module of an implementation."""
     return importlib.import_module(f"fastrl.kernels.logprob.{MODULES[impl]}")
 
 
 def _new_kept(p: Problem) -> Tensor:
-    """Room for the exponentials of all logits as bf16, padded, with their maxima, or less."""
+    """Room for the exponentials of all logits, padded, with their maxima, or less."""
     tokens, vocab = (p.target.numel() + 63) // 64 * 64, (p.weight.shape[0] + 191) // 192 * 192
-    everything = 9 * tokens * vocab // 4
+    everything = 9 * tokens * vocab * p.hidden.element_size() // 8
     return p.hidden.new_empty(torch.sym_min(p.workspace, everything), dtype=torch.uint8)
 
 
 def _forward(*arguments):
     p = Problem(*arguments)
     kept = _new_kept(p)
-    return *_implementation(p.impl).forward(p, kept), kept
+    return *implementation(p.impl).forward(p, kept), kept
 
 
 def _fake_forward(*arguments):
@@ -88,7 +90,7 @@ def _split(arguments) -> tuple[Problem, Tensor, Upstream, list[bool]]:
 
 def _backward(*arguments):
     p, kept, upstream, needed = _split(arguments)
-    gradients = _implementation(p.impl).backward(p, kept, upstream, needed)
+    gradients = implementation(p.impl).backward(p, kept, upstream, needed)
     return tuple(p.hidden.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -102,18 +104,18 @@ def _fake_backward(*arguments):
 
 def _setup(ctx, inputs, output):
     tensors, ctx.settings = inputs[:5], inputs[5:]
-    _, lse, entropy, kept = output
-    ctx.save_for_backward(*tensors, kept, lse, entropy)
+    *statistics, kept = output
+    ctx.save_for_backward(*tensors, kept, *statistics)
 
 
 def _autograd(ctx, grad_logprob, grad_lse, grad_entropy, _):
-    *tensors, kept, lse, entropy = ctx.saved_tensors
+    *tensors, kept, logprob, lse, entropy = ctx.saved_tensors
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     upstream = (
         torch.zeros_like(lse) if g is None else g for g in (grad_logprob, grad_lse, grad_entropy)
     )
     gradients = torch.ops.fastrl.linear_logprob_bwd(
-        *tensors, *ctx.settings, kept, lse, entropy, *upstream, needed
+        *tensors, *ctx.settings, kept, logprob, lse, entropy, *upstream, needed
     )
     hidden, weight, bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
     return hidden, weight, None, bias, *[None] * 7

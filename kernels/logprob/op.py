@@ -1,16 +1,17 @@
 """Log-probabilities and sampling: argument checks and the choice of implementation."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastrl.kernels.logprob import library, reference
+from fastrl.kernels.logprob import draws, library, parallel, reference  # noqa: F401  draws: an op
 from fastrl.kernels.logprob.reference import LogProbs, Samples
 from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
 HAS: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("cpu",),
-    "linear_sample": (),
+    "linear_sample": ("cpu",),
     "logprob_from_logits": (),
 }
 
@@ -66,8 +67,9 @@ def linear_logprob(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
-    workspace_mb: float = 0.0,
+    workspace_mb: float = 64.0,
     impl: str = "auto",
+    tp_group: "dist.ProcessGroup | None" = None,
 ) -> LogProbs:
     """Log-probability of `target` under the lm-head's softmax, with its logsumexp and entropy.
 
@@ -78,28 +80,52 @@ def linear_logprob(
     hidden `[..., H]` and weight `[V, H]` are bf16, fp16, float32 or float64; target `[...]` is
     int64; bias `[V]`; temperature is a number or `[...]`. Returns `LogProbs` of `[...]` float32
     tensors in nats (float64 for float64 inputs), all differentiable; rows whose target is
-    `ignore_index` are 0. Raises `ValueError` for shapes, dtypes or values that do not fit and for
+    `ignore_index` are 0. From forward to backward the call holds at most `workspace_mb` (2**20
+    bytes): what is left of it beyond fixed buffers keeps the logits' exponentials, of which the
+    backward then needs three matrix products where it needs four, and, on a CPU, float32 sums of a
+    16-bit hidden's gradient, which otherwise costs a fifth product. It changes time, not results:
+    on a CPU not a bit. Raises `ValueError` for shapes, dtypes or values that do not fit and for
     an unavailable `impl`.
+
+    With `tp_group` each of its ranks gives its slice of weight `[V_r, H]` and bias, in the order of
+    the ranks and of any sizes, and the same hidden and target, which counts in the whole
+    vocabulary. All ranks get the same bits. Each must call backward with the same upstream
+    gradient; the gradients are those of one copy of the loss: of weight and bias the slice's, of
+    hidden the whole, summed over the ranks as after a column-parallel linear, so sum it no further.
+    Raises `ValueError` on every rank where they disagree; in a compiled graph nobody looks.
+
+    A DTensor weight or bias, split by rows or replicated over one mesh dimension, as FSDP2 leaves
+    them outside a module's forward, is gathered for the forward and again for the backward, and
+    only the shard is kept in between (the reference keeps what it widens to float32). Each rank
+    has its own hidden and target; the gradient is the mean over the ranks, as FSDP2's, placed like
+    the weight. To gather and compute in bf16 what is kept in float32, pass `weight.bfloat16()`.
     """
+    options = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+        "entropy": entropy,
+    }
+    parallel_options = options | {"workspace_mb": workspace_mb, "impl": impl}
+    if tp_group is None and any(map(parallel.is_dtensor, (hidden, weight, target, bias))):
+        return parallel.sharded(linear_logprob, hidden, weight, target, **parallel_options)
     _check_linear(hidden, weight, bias, softcap)
     _check_target(target, hidden.shape[:-1], "target")
     _check_temperature(temperature, target.shape)
+    if not workspace_mb >= 0:
+        raise ValueError(f"workspace_mb={workspace_mb} must be 0 or more")
+    if tp_group is not None:
+        return parallel.over_vocabulary(
+            linear_logprob, tp_group, hidden, weight, target, **parallel_options
+        )
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
     chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"])
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
-            return reference.linear_logprob(
-                hidden,
-                weight,
-                target.long(),
-                bias=bias,
-                temperature=temperature,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                ignore_index=ignore_index,
-                entropy=entropy,
-            )
+            return reference.linear_logprob(hidden, weight, target.long(), **options)
         _check_kernel(hidden, weight, temperature)
         each = temperature if isinstance(temperature, Tensor) else None
         differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -145,7 +171,7 @@ def logprob_from_logits(
         )
 
 
-def _check_kernel(hidden: Tensor, weight: Tensor, temperature: float | Tensor) -> None:
+def _check_kernel(hidden: Tensor, weight: Tensor, temperature: float | Tensor = 1.0) -> None:
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dtype not in library.FLOATS:
             raise ValueError(
@@ -181,11 +207,12 @@ def linear_sample(
     temperature 0 is greedy. hidden `[M, H]`, weight `[V, H]`; seeds and positions `[M]` int64.
     Returns `Samples`: token `[M]` int64; logprob `[M]` float32 under the distribution sampled from
     (0 when greedy); untruncated_logprob `[M]` float32 under the untruncated one (at temperature 1
-    when greedy). Raises `ValueError` for shapes, dtypes or values that do not fit and for an
-    unavailable `impl`.
+    when greedy). A DTensor weight or bias, as of linear_logprob, is gathered for the call. Raises
+    `ValueError` for shapes, dtypes or values that do not fit and for an unavailable `impl`.
     """
-    choose("linear_sample", impl, hidden.device, HAS["linear_sample"])
     _check_linear(hidden, weight, bias, softcap)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
     _check_target(seeds, hidden.shape[:-1], "seeds")
     _check_target(positions, hidden.shape[:-1], "positions")
     if temperature < 0:
@@ -196,7 +223,28 @@ def linear_sample(
         raise ValueError(f"top_p={top_p} must lie in (0, 1]")
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p} must lie in [0, 1]")
+    weight, bias = parallel.whole("weight", weight), parallel.whole("bias", bias)
+    if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
+        impl = "reference"
+    chosen = choose("linear_sample", impl, hidden.device, HAS["linear_sample"])
     with torch.autocast(hidden.device.type, enabled=False):
+        if chosen != "reference":
+            _check_kernel(hidden, weight)
+            drawn = torch.ops.fastrl.linear_sample(
+                hidden,
+                weight,
+                seeds.long(),
+                positions.long(),
+                bias,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                softcap or 0.0,
+                logit_scale,
+                chosen,
+            )
+            return Samples(*drawn)
         return reference.linear_sample(
             hidden,
             weight,

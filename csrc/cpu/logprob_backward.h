@@ -1,0 +1,441 @@
+// The backward of the lm-head's log-probs on a CPU, in the namespace of the instruction set.
+//
+// It walks the vocabulary once: the exponentials of a chunk of logits are computed again, or taken
+// from where the forward kept them, and turned into the logits' gradients G, from which the chunk's
+// rows of grad_weight = G hidden are finished, and grad_hidden += G^T weight grows. Nothing of size
+// [N, V] or, beyond the gradients, [V, H] exists.
+//
+// The float sums of a 16-bit grad_hidden may be more than the workspace allows. Then grad_hidden
+// has a walk of its own, some tokens at a time: five products in place of four.
+#pragma once
+
+#include "running.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+constexpr float kNothing = 1e-37f;  // probabilities below it count as 0, lest subnormals appear
+
+// How a problem's backward goes, which its forward has to know.
+struct Plan {
+  int64_t capacity, padded;  // tokens at a time, and these as whole panels
+  int64_t columns;           // H as whole panels
+  int64_t chunk;             // vocabulary rows taken together
+  int64_t panels;            // of all tokens
+  int64_t kept_blocks;       // of the vocabulary
+  bool one_walk;             // grad_hidden and grad_weight together
+  bool exact;                // exponentials are not rounded as if they had been kept
+
+  template <class Block>
+  Block* kept_block(Block* kept, int64_t v0, int64_t panel) const {
+    return v0 / kBlock < kept_blocks ? kept + v0 / kBlock * panels + panel : nullptr;
+  }
+};
+
+template <class Kind>
+Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
+  constexpr int64_t kFloats = 3 << 19;
+  Plan plan;
+  plan.capacity = tokens_at_once(a);
+  plan.padded = round_up(plan.capacity, kPanel);
+  plan.columns = round_up(a.width, kPanel);
+  const int64_t fit = std::min<int64_t>(std::max<int64_t>(kFloats / a.width, 1), 768);
+  plan.chunk = std::min(round_up(fit, 2 * kBlock), round_up(a.vocab, kBlock));
+  plan.panels = ceil_div(a.rows, kPanel);
+
+  const bool several = a.rows > plan.capacity, floats = a.hidden_type == Float::f32;
+  const int64_t scratch =
+      4 * (2 * plan.padded * plan.columns / Kind::kStep + plan.chunk * plan.padded +
+           plan.chunk * plan.columns / Kind::kStep + (several ? plan.chunk * a.width : 0));
+  const int64_t all_sums = floats ? 0 : 4 * a.rows * a.width;
+  plan.one_walk = scratch + all_sums <= workspace.limit || !several;
+  const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * a.width;
+
+  const int64_t left = std::min(workspace.limit - scratch - sums, workspace.kept_bytes);
+  const int64_t block = static_cast<int64_t>(sizeof(KeptBlock<Kind>)) * plan.panels;
+  // A cap's derivative wants the logits, a bias float sums over the tokens.
+  plan.exact = a.softcap > 0.0f || a.bias;
+  plan.kept_blocks = plan.exact ? 0 : std::max<int64_t>(left, 0) / block;
+  plan.kept_blocks = std::min(plan.kept_blocks, ceil_div(a.vocab, kBlock));
+  return plan;
+}
+
+// What a token contributes to the gradient of its logits; all 0 in lanes without a token.
+struct Upstream {
+  float lse[kPanel], entropy[kPanel], inv_temperature[kPanel];
+  float of_p[kPanel];       // times p: grad_lse - grad_logprob
+  float of_spread[kPanel];  // times -p (log p + entropy): grad_entropy
+  float at_target[kPanel];  // the target's own gradient, exact where its p is near 1
+  int64_t target[kPanel];
+  bool spread;  // any of_spread
+};
+
+template <class Kind>
+class Backward {
+ public:
+  using Element = typename Kind::Element;
+
+  Backward(const LogprobBackwardArgs& args, int threads)
+      : args_(args),
+        a_(args.linear),
+        threads_(threads),
+        plan_(make_plan<Kind>(a_, args.workspace)),
+        kept_(static_cast<const KeptBlock<Kind>*>(args.workspace.kept)),
+        want_weight_(args.grad_weight || args.grad_bias),
+        one_walk_(want_weight_ && (plan_.one_walk || a_.hidden_type == Float::f32)),
+        several_(a_.rows > plan_.capacity),
+        tokens_(a_, plan_.capacity),
+        upstream_(plan_.padded / kPanel),
+        by_row_(plan_.chunk * plan_.padded / Kind::kStep),
+        by_token_(Kind::kStep == 1 ? 0 : plan_.chunk / Kind::kStep * plan_.padded),
+        hidden_(args.grad_weight ? plan_.padded / Kind::kStep * plan_.columns : 0),
+        weight_(args.grad_hidden ? plan_.chunk / Kind::kStep * plan_.columns : 0),
+        grad_weight_(args.grad_weight && several_ ? plan_.chunk * a_.width : 0),
+        sums_(args.grad_hidden && a_.hidden_type != Float::f32
+                  ? (one_walk_ ? a_.rows : plan_.capacity) * a_.width
+                  : 0) {}
+
+  void run() {
+    if (args_.grad_weight) {
+      use_huge_pages(args_.grad_weight, a_.vocab * a_.width * bytes(a_.weight_type));
+    }
+    if (want_weight_) {
+      walk_vocabulary(args_.grad_hidden && one_walk_);
+    }
+    if (args_.grad_hidden && !one_walk_) {
+      walk_tokens();
+    }
+  }
+
+ private:
+  // grad_weight, grad_bias and, if asked, grad_hidden.
+  void walk_vocabulary(bool hidden) {
+    if (hidden) {
+      start_sums(0, a_.rows);
+    }
+    for (int64_t v0 = 0; v0 < a_.vocab; v0 += plan_.chunk) {
+      for (int64_t first = 0; first < a_.rows; first += plan_.capacity) {
+        if (several_ || v0 == 0) {
+          take_tokens(first);
+        }
+        chunk(v0, true, hidden, first == 0);
+      }
+    }
+    if (hidden) {
+      finish_sums(0, a_.rows);
+    }
+  }
+
+  // grad_hidden alone.
+  void walk_tokens() {
+    for (int64_t first = 0; first < a_.rows; first += plan_.capacity) {
+      take_tokens(first);
+      start_sums(first, tokens_.count());
+      for (int64_t v0 = 0; v0 < a_.vocab; v0 += plan_.chunk) {
+        chunk(v0, false, true, true);
+      }
+      finish_sums(first, tokens_.count());
+    }
+  }
+
+  // Where the float sums of token t's gradient are, t counted from the tokens taken.
+  float* sums(int64_t t) const {
+    const int64_t token = tokens_.first() + t;
+    if (a_.hidden_type == Float::f32) {
+      return static_cast<float*>(args_.grad_hidden) + a_.row(token) * a_.width;
+    }
+    return sums_.get() + (one_walk_ ? token : t) * a_.width;
+  }
+
+  void start_sums(int64_t first, int64_t count) const {
+    parallel_for(count, threads_, [&](int64_t t) {
+      std::fill_n(sums(first - tokens_.first() + t), a_.width, 0.0f);
+    });
+  }
+
+  void finish_sums(int64_t first, int64_t count) const {
+    if (a_.hidden_type == Float::f32) {
+      return;
+    }
+    parallel_for(count, threads_, [&](int64_t t) {
+      const int64_t at = a_.row(first + t) * a_.width * bytes(a_.hidden_type);
+      from_floats(sums(first - tokens_.first() + t), a_.hidden_type, a_.width,
+                  static_cast<char*>(args_.grad_hidden) + at);
+    });
+  }
+
+  void take_tokens(int64_t first) {
+    tokens_.pack(first, std::min(plan_.capacity, a_.rows - first), threads_);
+    parallel_for(tokens_.panels(), threads_, [&](int64_t p) {
+      Upstream& u = upstream_[p];
+      std::memset(&u, 0, sizeof u);
+      for (int64_t i = 0; i < kPanel; ++i) {
+        u.target[i] = -1;
+        if (i < tokens_.in_panel(p)) {
+          take_token(a_.row(first + p * kPanel + i), i, u);
+        }
+      }
+      if (args_.grad_weight) {
+        const auto* hidden = static_cast<const char*>(a_.hidden);
+        const int64_t skipped = a_.index ? 0 : first * a_.width * bytes(a_.hidden_type);
+        pack_rows(Kind(), hidden + skipped, a_.width, a_.hidden_type, p * kPanel,
+                  tokens_.in_panel(p), a_.width, depth_of_tokens(), hidden_.get(),
+                  a_.index ? a_.index + first : nullptr);
+      }
+    });
+  }
+
+  void take_token(int64_t row, int64_t i, Upstream& u) const {
+    const float logprob = args_.logprob[row], entropy = args_.entropy[row];
+    const float grad_logprob = args_.grad_logprob[row], grad_lse = args_.grad_lse[row];
+    const float spread = args_.grad_entropy[row] * (logprob + entropy);
+    u.lse[i] = args_.lse[row];
+    u.entropy[i] = entropy;
+    u.inv_temperature[i] = a_.inv_temperature[row];
+    u.of_p[i] = grad_lse - grad_logprob;
+    u.of_spread[i] = args_.grad_entropy[row];
+    u.at_target[i] =
+        (std::exp(logprob) * (grad_lse - spread) - grad_logprob * std::expm1(logprob)) *
+        u.inv_temperature[i] * a_.logit_scale;
+    u.target[i] = a_.target[row];
+    u.spread = u.spread || u.of_spread[i] != 0.0f;
+  }
+
+  int64_t depth_of_tokens() const { return round_up(tokens_.count(), Kind::kStep); }
+
+  // A chunk of the vocabulary and the tokens taken.
+  void chunk(int64_t chunk_first, bool weight, bool hidden, bool pack_weight) {
+    const int64_t rows = std::min(plan_.chunk, a_.vocab - chunk_first);
+    parallel_for(ceil_div(rows, kBlock), threads_, [&](int64_t b) {
+      const int64_t in_chunk = b * kBlock, v0 = chunk_first + in_chunk;
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - in_chunk));
+      Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
+      differentiate(v0, in_chunk, n, weight && args_.grad_bias, z.get(), scratch.get());
+      if (hidden && pack_weight) {
+        const auto* from = static_cast<const char*>(a_.weight) +
+                           chunk_first * a_.weight_stride * bytes(a_.weight_type);
+        pack_rows(Kind(), from, a_.weight_stride, a_.weight_type, in_chunk, n, a_.width,
+                  plan_.chunk, weight_.get());
+      }
+      if (weight && args_.grad_weight) {
+        add_grad_weight(v0, in_chunk, n, z.get());
+      }
+    });
+    if (hidden) {
+      const int64_t blocks = ceil_div(tokens_.count(), kBlock), panels = plan_.columns / kPanel;
+      const int64_t groups = std::min(panels, ceil_div(4 * threads_, blocks));
+      const int64_t width = ceil_div(panels, groups) * kPanel;
+      parallel_for(blocks * groups, threads_, [&](int64_t task) {
+        const int64_t h0 = task % groups * width;
+        add_grad_hidden(task / groups, rows, h0, std::min(h0 + width, a_.width));
+      });
+    }
+  }
+
+  // A block of vocabulary rows: the gradients of their logits, before scale and bias, are kept.
+  void differentiate(int64_t v0, int64_t in_chunk, int n, bool bias, float* z,
+                     float* scratch) const {
+    double sum[kBlock] = {};
+    Rows rows;
+    bool have_rows = false;
+    for (int64_t p = 0; p < tokens_.panels(); ++p) {
+      const Upstream& u = upstream_[p];
+      const int vectors = tokens_.vectors(p);
+      const auto* kept = plan_.kept_block(kept_, v0, tokens_.first() / kPanel + p);
+      float before[kPanel] = {};  // the targets' logits, for the cap
+      if (kept == nullptr || u.spread) {
+        if (!have_rows) {
+          rows = tokens_.weight_rows(v0, n, scratch);
+          have_rows = true;
+        }
+        tokens_.logits(rows, v0, n, p, z);
+        for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+          const int64_t v = u.target[i] - v0;
+          before[i] = v >= 0 && v < n ? z[v * kPanel + i] : 0.0f;
+        }
+        for (int at = 0; at < vectors * kLanes; at += kLanes) {
+          if (u.spread || plan_.exact) {
+            differentiate_fully(u, n, at, z + at);
+          } else {
+            differentiate_lanes(
+                u, n, at, highest_of(z + at, n, load(u.inv_temperature + at)),
+                [&](int r, Vec scale, Vec highest) {
+                  return Kind::rounded(exp_from_lowest(below(z + r * kPanel + at, scale, highest)));
+                },
+                z + at);
+          }
+        }
+      } else {
+        for (int at = 0; at < vectors * kLanes; at += kLanes) {
+          differentiate_lanes(
+              u, n, at, load(kept->max + at),
+              [&](int r, Vec, Vec) { return Kind::kept(kept->e[r] + at); }, z + at);
+        }
+      }
+      for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+        const int64_t v = u.target[i] - v0;
+        if (v >= 0 && v < n) {
+          const float capped = a_.softcap > 0.0f ? before[i] / a_.softcap : 0.0f;
+          z[v * kPanel + i] = u.at_target[i] * (1.0f - capped * capped);
+        }
+      }
+      for (int r = 0; bias && r < n; ++r) {
+        for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+          sum[r] += z[r * kPanel + i];
+        }
+      }
+      keep(in_chunk, n, p, z);
+    }
+    for (int r = 0; bias && r < n; ++r) {
+      float& to = args_.grad_bias[v0 + r];
+      to = static_cast<float>(sum[r] + (tokens_.first() ? to : 0.0f));
+    }
+  }
+
+  Vec probability(Vec e, Vec factor) const {
+    const Vec p = e * factor;
+    return select(p > splat(kNothing), p, p * 0.0f);  // NaN stays
+  }
+
+  // A vector of tokens, from the exponentials relative to `highest`.
+  template <class Exponential>
+  void differentiate_lanes(const Upstream& u, int n, int at, Vec highest, Exponential exponential,
+                           float* z) const {
+    const Vec scale = load(u.inv_temperature + at);
+    const Vec factor = exp_from_lowest(at_least(highest - load(u.lse + at), splat(kLowest)));
+    const Vec of_p = load(u.of_p + at) * scale * a_.logit_scale;
+    for (int r = 0; r < n; ++r) {
+      store(z + r * kPanel, probability(exponential(r, scale, highest), factor) * of_p);
+    }
+  }
+
+  // The same with gradients of the entropy and a cap.
+  void differentiate_fully(const Upstream& u, int n, int at, float* z) const {
+    const Vec scale = load(u.inv_temperature + at), highest = highest_of(z, n, scale);
+    const Vec down = highest - load(u.lse + at);
+    const Vec factor = exp_from_lowest(at_least(down, splat(kLowest)));
+    for (int r = 0; r < n; ++r) {
+      const Vec logit = load(z + r * kPanel), x = below(z + r * kPanel, scale, highest);
+      const Vec e = exp_from_lowest(x);
+      const Vec p = probability(plan_.exact ? e : Kind::rounded(e), factor);
+      const Vec spread = load(u.of_spread + at) * (x + down + load(u.entropy + at));
+      Vec g = p * ((load(u.of_p + at) - spread) * scale * a_.logit_scale);
+      if (a_.softcap > 0.0f) {
+        g = g * (1.0f - (logit / a_.softcap) * (logit / a_.softcap));
+      }
+      store(z + r * kPanel, g);
+    }
+  }
+
+  // G as the two products read it: by vocabulary row, and (for pairs) by token.
+  void keep(int64_t in_chunk, int n, int64_t p, float* z) const {
+    const int64_t tokens = tokens_.in_panel(p);
+    if constexpr (Kind::kStep == 1) {
+      for (int r = 0; r < n; ++r) {
+        float* to = by_row_.get() + (in_chunk + r) * plan_.padded + p * kPanel;
+        std::memcpy(to, z + r * kPanel, tokens * sizeof(float));
+      }
+    } else {
+      auto* by_row = reinterpret_cast<uint16_t*>(by_row_.get());
+      by_row += in_chunk * plan_.padded + p * kPanel;
+      const uint16_t nothing[kLanes] = {};
+      for (int64_t at = 0; at < tokens; at += kLanes) {
+        for (int r = 0; r < n; ++r) {
+          float* from = z + r * kPanel + at;
+          std::fill(from + std::min<int64_t>(tokens - at, kLanes), from + kLanes, 0.0f);
+          Kind::keep(load(from), by_row + r * plan_.padded + at);
+        }
+        for (int r0 = 0; r0 < n; r0 += 2 * kLanes) {
+          const int rows = std::min(n - r0, 2 * kLanes);
+          Vec pairs[kLanes] = {};  // of neighbouring rows, a token per lane
+          for (int r = 0; r < rows; r += 2) {
+            const uint16_t* even = by_row + (r0 + r) * plan_.padded + at;
+            pairs[r / 2] = Kind::pairs(even, r + 1 < rows ? even + plan_.padded : nothing);
+          }
+          transpose(pairs);
+          for (int i = 0; i < kLanes; ++i) {
+            const int64_t token = p * kPanel + at + i;
+            std::memcpy(by_token_.get() + (token * plan_.chunk + in_chunk + r0) / 2, &pairs[i],
+                        (rows + 1) / 2 * sizeof(Element));
+          }
+        }
+      }
+    }
+  }
+
+  void add_grad_weight(int64_t v0, int64_t in_chunk, int n, float* c) const {
+    Rows rows;
+    rows.data = reinterpret_cast<const char*>(by_row_.get());
+    rows.stride = sizeof(Element);
+    for (int r = 0; r < kBlock; ++r) {
+      rows.row[r] = (in_chunk + std::min(r, n - 1)) * plan_.padded * (4 / Kind::kStep);
+    }
+    const int64_t depth = depth_of_tokens();
+    const bool last = tokens_.first() + tokens_.count() == a_.rows;
+    for (int64_t h = 0; h < a_.width; h += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, a_.width - h);
+      multiply<Kind>(rows, n, depth / Kind::kStep, hidden_.get() + h * depth / Kind::kStep,
+                     kVectors, c);
+      for (int r = 0; r < n; ++r) {
+        float* sum = c + r * kPanel;
+        if (several_) {
+          float* kept = grad_weight_.get() + (in_chunk + r) * a_.width + h;
+          for (int64_t i = 0; i < width; ++i) {
+            sum[i] += tokens_.first() ? kept[i] : 0.0f;
+          }
+          std::memcpy(kept, sum, width * sizeof(float));
+        }
+        if (last) {
+          const int64_t at = ((v0 + r) * a_.width + h) * bytes(a_.weight_type);
+          from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + at);
+        }
+      }
+    }
+  }
+
+  // A block of tokens, columns [h0, h1).
+  void add_grad_hidden(int64_t b, int64_t rows_of_chunk, int64_t h0, int64_t h1) const {
+    const int64_t t0 = b * kBlock;
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens_.count() - t0));
+    const void* gradients =
+        Kind::kStep == 1 ? static_cast<const void*>(by_row_.get()) : by_token_.get();
+    Rows rows;
+    rows.data = static_cast<const char*>(gradients);
+    rows.stride = Kind::kStep == 1 ? plan_.padded * 4 : 4;
+    for (int r = 0; r < kBlock; ++r) {
+      rows.row[r] = (t0 + std::min(r, n - 1)) * (Kind::kStep == 1 ? 4 : plan_.chunk * 2);
+    }
+    Buffer<float> c(kBlock * kPanel);
+    for (int64_t h = h0; h < h1; h += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, h1 - h);
+      multiply<Kind>(rows, n, ceil_div(rows_of_chunk, Kind::kStep),
+                     weight_.get() + h * plan_.chunk / Kind::kStep, kVectors, c.get());
+      for (int r = 0; r < n; ++r) {
+        float* to = sums(t0 + r) + h;
+        for (int64_t i = 0; i < width; ++i) {
+          to[i] += c[r * kPanel + i];
+        }
+      }
+    }
+  }
+
+  const LogprobBackwardArgs& args_;
+  const LinearArgs& a_;
+  const int threads_;
+  const Plan plan_;
+  const KeptBlock<Kind>* kept_;
+  const bool want_weight_;
+  const bool one_walk_;
+  const bool several_;  // the tokens do not fit in one go
+  Tokens<Kind> tokens_;
+  Buffer<Upstream> upstream_;
+  Buffer<Element> by_row_;    // G [chunk, tokens]
+  Buffer<Element> by_token_;  // pairs of neighbouring rows of G: [tokens, chunk / 2]
+  Buffer<Element> hidden_, weight_;
+  Buffer<float> grad_weight_, sums_;
+};
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl

@@ -1,0 +1,114 @@
+// Running statistics of the logits' softmax, a lane per token: what a block of logits is folded
+// into, and how the vocabulary's chunks are merged, in the namespace of the instruction set.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "linear.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+constexpr int64_t kChunks = 64;  // of the vocabulary
+
+// Vocabulary rows of a chunk: they depend on V alone, and so does what is summed with what.
+inline int64_t chunk_rows(int64_t vocab) { return round_up(ceil_div(vocab, kChunks), kBlock); }
+
+// Running maximum and, relative to it, sum of exponentials and of z times them; a lane per token.
+struct Running {
+  float max[kPanel], sum[kPanel], weighted[kPanel];
+};
+
+// The exponentials of a block of logits, relative to each token's maximum in the block.
+template <class Kind>
+struct KeptBlock {
+  float max[kPanel];
+  typename Kind::Kept e[kBlock][kPanel];
+};
+
+// The highest of n logits, times the scale; not -inf, which would make -inf less it NaN.
+inline Vec highest_of(const float* z, int n, Vec scale) {
+  Vec highest = splat(-FLT_MAX);
+  for (int r = 0; r < n; ++r) {
+    highest = at_least(load(z + r * kPanel), highest);
+  }
+  return at_least(highest * scale, splat(-FLT_MAX));
+}
+
+inline Vec below(const float* z, Vec scale, Vec highest) {
+  return at_least(fma(load(z), scale, -highest), splat(kLowest));
+}
+
+// Sums of a block's exponentials and of z times them, relative to its own maximum: a backward that
+// has only this block computes the same bits.
+template <class Kind, bool kKeep>
+void sum_block(const float* z, int n, Vec scale, Vec highest, KeptBlock<Kind>* kept, int at,
+               Vec& sum, Vec& weighted) {
+  for (int r = 0; r < n; ++r) {
+    const Vec x = below(z + r * kPanel, scale, highest), e = exp_from_lowest(x);
+    sum += e;
+    weighted = fma(x, e, weighted);
+    if constexpr (kKeep) {
+      Kind::keep(e, kept->e[r] + at);
+    }
+  }
+}
+
+template <class Kind = Floats>
+void fold(const float* z, int n, int vectors, const float* inv_temperature, bool first, Running& to,
+          KeptBlock<Kind>* kept = nullptr) {
+  for (int at = 0; at < vectors * kLanes; at += kLanes) {
+    const Vec scale = load(inv_temperature + at);
+    Vec highest = highest_of(z + at, n, scale), sum = {}, weighted = {};
+    if (kept) {
+      store(kept->max + at, highest);
+      sum_block<Kind, true>(z + at, n, scale, highest, kept, at, sum, weighted);
+    } else {
+      sum_block<Kind, false>(z + at, n, scale, highest, kept, at, sum, weighted);
+    }
+    if (!first) {
+      const Vec before = load(to.max + at), both = at_least(before, highest);
+      const auto relative_to_both = [&](Vec max, Vec& sum, Vec& weighted) {
+        const Vec down = at_least(max - both, splat(kLowest)), factor = exp_from_lowest(down);
+        weighted = (weighted + down * sum) * factor;
+        sum = sum * factor;
+      };
+      Vec sum_before = load(to.sum + at), weighted_before = load(to.weighted + at);
+      relative_to_both(before, sum_before, weighted_before);
+      relative_to_both(highest, sum, weighted);
+      sum = sum_before + sum;
+      weighted = weighted_before + weighted;
+      highest = both;
+    }
+    store(to.max + at, highest);
+    store(to.sum + at, sum);
+    store(to.weighted + at, weighted);
+  }
+}
+
+// One token's statistics: its maximum and, relative to it, the sums and the sum's logarithm.
+struct Merged {
+  float max, sum, weighted, log_sum;
+};
+
+// Lane i of the `chunks` parts, `stride` apart, in order.
+inline Merged merge(const Running* parts, int64_t chunks, int64_t stride, int64_t i) {
+  Merged all = {-FLT_MAX, 0.0f, 0.0f, 0.0f};
+  for (int64_t c = 0; c < chunks; ++c) {
+    all.max = std::max(all.max, parts[c * stride].max[i]);
+  }
+  for (int64_t c = 0; c < chunks; ++c) {
+    const Running& part = parts[c * stride];
+    const float down = std::max(part.max[i] - all.max, kLowest), factor = std::exp(down);
+    all.sum += part.sum[i] * factor;
+    all.weighted += (part.weighted[i] + down * part.sum[i]) * factor;
+  }
+  all.log_sum = std::log(all.sum);
+  return all;
+}
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl

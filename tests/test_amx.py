@@ -1,0 +1,65 @@
+"""The AMX code on a CPU without AMX: the same C++ with emulated tiles, through the ops' tests."""
+
+import importlib.machinery
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_proof
+import pybind11
+import pytest
+
+from fastrl.kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("test_logprob.py",)
+# A matrix of many rows and no depth takes an emulated tile for minutes.
+SLOW = "not more_logits_than_int32"
+
+
+def why_not() -> str | None:
+    if native.why_missing:
+        return native.why_missing
+    if "avx512_bf16" not in native.module().cpu_isas():
+        return "what surrounds the tiles needs AVX-512 with bf16"
+    if shutil.which("cmake") is None and not (Path(sys.executable).parent / "cmake").exists():
+        return "cmake is not installed"
+    return None
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> Path:
+    if reason := why_not():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("amx")
+    cmake = shutil.which("cmake") or str(Path(sys.executable).parent / "cmake")
+    for command in (
+        [
+            *(cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"),
+            *(
+                "-DFASTRL_CUDA=off",
+                "-DFASTRL_EMULATE_AMX=on",
+                f"-DPython_EXECUTABLE={sys.executable}",
+            ),
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ],
+        [cmake, "--build", str(folder), "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob(f"_C*{importlib.machinery.EXTENSION_SUFFIXES[0]}"))
+
+
+@pytest.mark.parametrize("test", TESTS)
+def test_ops_on_emulated_tiles(emulated, test):
+    code = (
+        "import importlib.util, pytest, sys\n"
+        f"spec = importlib.util.spec_from_file_location('fastrl._C', {str(emulated)!r})\n"
+        "sys.modules['fastrl._C'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(sys.modules['fastrl._C'])\n"
+        "assert sys.modules['fastrl._C'].isa() == 'amx'\n"
+        f"code = pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {SLOW!r}, {test!r}])\n"
+        "sys.exit(code)"
+    )
+    assert " passed" in gpu_proof.run_python(code, FASTRL_ISA="amx")
