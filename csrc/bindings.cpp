@@ -105,15 +105,17 @@ AttentionArgs attention_args(int64_t tokens, int64_t heads, int64_t kv_heads, in
           window};
 }
 
-AttentionForwardArgs attention_fwd_args(const AttentionArgs& at, Address out, Address lse) {
-  return {at, pointer<void>(out), pointer<float>(lse)};
+AttentionForwardArgs attention_fwd_args(const AttentionArgs& at, Address out, Address rest,
+                                        Address lse) {
+  return {at, pointer<void>(out), pointer<int8_t>(rest), pointer<float>(lse)};
 }
 
-AttentionBackwardArgs attention_bwd_args(const AttentionArgs& at, const Heads& out, Address lse,
-                                         const Heads& grad_out, Address grad_lse, Address grad_q,
-                                         Address grad_k, Address grad_v) {
+AttentionBackwardArgs attention_bwd_args(const AttentionArgs& at, const Heads& out, Address rest,
+                                         Address lse, const Heads& grad_out, Address grad_lse,
+                                         Address grad_q, Address grad_k, Address grad_v) {
   return {at,
           out,
+          pointer<const int8_t>(rest),
           pointer<const float>(lse),
           grad_out,
           pointer<const float>(grad_lse),

@@ -32,21 +32,23 @@ struct AttentionArgs {
 
 struct AttentionForwardArgs {
   AttentionArgs at;
-  void* out;   // [T, Hq, D], contiguous
-  float* lse;  // [T, Hq]
+  void* out;     // [T, Hq, D], contiguous
+  int8_t* rest;  // [T, Hq, D] or null: what rounding took from out, see keep_rest
+  float* lse;    // [T, Hq]
 };
 
 struct AttentionBackwardArgs {
   AttentionArgs at;
-  Heads out;         // what the forward gave
-  const float* lse;  // [T, Hq]
+  Heads out;           // what the forward gave
+  const int8_t* rest;  // likewise, or null
+  const float* lse;    // [T, Hq]
   Heads grad_out;
-  const float* grad_lse;                // [T, Hq] or null
+  const float* grad_lse;           // [T, Hq] or null
   void *grad_q, *grad_k, *grad_v;  // shaped like q, k and v, contiguous
 };
 
-#define FASTRL_DECLARE_ATTENTION(isa)                                              \
-  namespace isa {                                                                  \
+#define FASTRL_DECLARE_ATTENTION(isa)                                               \
+  namespace isa {                                                                   \
   void shared_prefix_attention_fwd(const AttentionForwardArgs& args, int threads);  \
   void shared_prefix_attention_bwd(const AttentionBackwardArgs& args, int threads); \
   }

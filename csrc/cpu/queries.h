@@ -16,11 +16,11 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kColumns = kDepth;  // taken together; products over queries sum them in one go
+constexpr int64_t kColumns = 256;  // taken together
 constexpr int64_t kPanels = kColumns / kPanel;
-constexpr int64_t kKeys = 4 * kBlock;  // of a segment, taken together
+constexpr int64_t kKeys = 192;  // of a segment, taken together
 
-static_assert(kColumns % kPanel == 0 && kKeys % (2 * kLanes) == 0, "whole tiles of both");
+static_assert(kColumns % kPanel == 0 && kKeys % kBlock == 0 && kKeys % (2 * kLanes) == 0);
 
 // Keys [from, to) that each column of a panel sees, on one side: prompt or own segment.
 struct Seen {
@@ -197,20 +197,16 @@ inline void transpose_words(const void* from, int64_t stride, int64_t rows, int6
   }
 }
 
-// kStep neighbouring rows of C as depth of the next product, and a row of C as a row of its A.
+// kStep neighbouring rows of C as a row of the depth of the next product.
 inline void store_depth(Floats, float* to, const Vec (&rows)[1]) { store(to, rows[0]); }
-inline void store_row(Floats, float* to, Vec x) { store(to, x); }
 
-#if defined(__AVX512BF16__)
+#ifdef FASTRL_PAIRS
 inline void store_depth(Pairs, uint32_t* to, const Vec (&rows)[2]) {
   alignas(64) static constexpr uint16_t kInterleave[32] = {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
-}
-inline void store_row(Pairs, uint32_t* to, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 #endif
 

@@ -1,6 +1,5 @@
 """shared_prefix_attention on a CPU: what csrc/cpu/attention.cpp is called with."""
 
-import torch
 from torch import Tensor
 
 from fastrl.kernels.attention.library import FLOATS, Problem
@@ -40,17 +39,24 @@ def _arguments(p: Problem):
     return arguments, kept
 
 
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
+def _rest(rest: Tensor) -> int:
+    return pointer(rest if rest.numel() else None)
+
+
+def forward(p: Problem, out: Tensor, lse: Tensor, rest: Tensor) -> None:
     arguments, _kept = _arguments(p)
-    out, lse = p.q.new_empty(p.q.shape), p.q.new_empty(p.q.shape[:2], dtype=torch.float32)
     c = module()
-    args = c.attention_fwd_args(arguments, pointer(out), pointer(lse))
+    args = c.attention_fwd_args(arguments, pointer(out), _rest(rest), pointer(lse))
     c.shared_prefix_attention_fwd_cpu(args, threads())
-    return out, lse
 
 
 def backward(
-    p: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    p: Problem,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments, _kept = _arguments(p)
     out, lse, grad_out = _rows(out), lse.contiguous(), _rows(grad_out)
@@ -60,6 +66,7 @@ def backward(
     args = c.attention_bwd_args(
         arguments,
         _heads(out),
+        _rest(rest),
         pointer(lse),
         _heads(grad_out),
         pointer(grad_lse),

@@ -2,11 +2,12 @@
 
 An implementation is a module beside this one with two functions,
 
-    forward(problem) -> (out, lse)
-    backward(problem, out, lse, grad_out, grad_lse) -> (grad_q, grad_k, grad_v)
+    forward(problem, out, lse, rest), which fills the last three
+    backward(problem, out, lse, rest, grad_out, grad_lse) -> (grad_q, grad_k, grad_v)
 
 Both parts of a query's attention, its prompt and its own segment, share one softmax: `out` and
-`lse` are of the two together, and that is all the backward needs of either.
+`lse` are of the two together, and that is all the backward needs of either. `rest` is what rounding
+took from `out`, a byte for each element, empty where nothing was rounded or no gradient is wanted.
 """
 
 import importlib
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
     softcap: float  # 0 for none
     window: int  # 0 for none
     impl: str
+    differentiated: bool
 
     @property
     def layout(self) -> GroupLayout:
@@ -41,13 +43,13 @@ class Problem(NamedTuple):
 
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor groups, "
-    "float scale, float softcap, int window, str impl"
+    "float scale, float softcap, int window, str impl, bool differentiated"
 )
 _library = torch.library.Library("fastrl", "FRAGMENT")
-_library.define(f"shared_prefix_attention({_SCHEMA}) -> (Tensor, Tensor)")
+_library.define(f"shared_prefix_attention({_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    f"shared_prefix_attention_bwd({_SCHEMA}, Tensor out, Tensor lse, Tensor grad_out, "
-    "Tensor? grad_lse) -> (Tensor, Tensor, Tensor)"
+    f"shared_prefix_attention_bwd({_SCHEMA}, Tensor out, Tensor lse, Tensor rest, "
+    "Tensor grad_out, Tensor? grad_lse) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -55,14 +57,21 @@ def _implementation(impl: str):
     return importlib.import_module(f"fastrl.kernels.attention.{MODULES[impl]}")
 
 
-def _forward(*arguments):
-    p = Problem(*arguments)
-    return _implementation(p.impl).forward(p)
-
-
 def _fake_forward(*arguments):
     p = Problem(*arguments)
-    return p.q.new_empty(p.q.shape), p.q.new_empty(p.q.shape[:2], dtype=torch.float32)
+    rounds = p.differentiated and p.q.dtype != torch.float32
+    return (
+        p.q.new_empty(p.q.shape),
+        p.q.new_empty(p.q.shape[:2], dtype=torch.float32),
+        p.q.new_empty(p.q.shape if rounds else 0, dtype=torch.int8),
+    )
+
+
+def _forward(*arguments):
+    outputs = _fake_forward(*arguments)
+    p = Problem(*arguments)
+    _implementation(p.impl).forward(p, *outputs)
+    return outputs
 
 
 def _backward(*arguments):
@@ -80,13 +89,13 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], *output)
 
 
-def _autograd(ctx, grad_out, grad_lse):
-    *tensors, out, lse = ctx.saved_tensors
+def _autograd(ctx, grad_out, grad_lse, _):
+    *tensors, out, lse, rest = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     gradients = torch.ops.fastrl.shared_prefix_attention_bwd(
-        *tensors, *ctx.settings, out, lse, grad_out, grad_lse
+        *tensors, *ctx.settings, out, lse, rest, grad_out, grad_lse
     )
-    return *gradients, *[None] * 6
+    return *gradients, *[None] * 7
 
 
 for _name, _run, _fake in (

@@ -22,9 +22,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout) -> None:
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; use one")
     if k.shape != v.shape:
-        raise ValueError(
-            f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[2] == 0:
         raise ValueError(f"q must have a head size D of at least 1, got shape {tuple(q.shape)}")
     if (k.shape[0], k.shape[2]) != (q.shape[0], q.shape[2]):
@@ -33,9 +31,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout) -> None:
             f"got {tuple(k.shape)}"
         )
     if k.shape[1] < 1 or q.shape[1] < 1 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(
-            f"q's heads must be a multiple of k's, got {q.shape[1]} and {k.shape[1]}"
-        )
+        raise ValueError(f"q's heads must be a multiple of k's, got {q.shape[1]} and {k.shape[1]}")
     for name, tensor in zip(layout._fields, layout, strict=True):
         if tensor.dtype != torch.int32 or tensor.dim() != 1:
             raise ValueError(
@@ -103,7 +99,7 @@ def shared_prefix_attention(
                     f"q must be float32, bfloat16 or float16 for a kernel, got {q.dtype}; "
                     "impl='reference' takes float64"
                 )
-            out, lse = torch.ops.fastrl.shared_prefix_attention(
-                q, k, v, *layout, scale, softcap or 0.0, window or 0, chosen
-            )
+            differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            settings = (scale, softcap or 0.0, window or 0, chosen, differentiated)
+            out, lse, _ = torch.ops.fastrl.shared_prefix_attention(q, k, v, *layout, *settings)
     return (out, lse) if return_lse else out
