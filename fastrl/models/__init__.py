@@ -11,7 +11,12 @@ from fastrl.models.load import (
     load_tokenizer,
     save_pretrained,
 )
-from fastrl.models.logprobs import completion_logprobs, group_logprobs, verify_shared_prefix
+from fastrl.models.logprobs import (
+    completion_logprobs,
+    group_logprobs,
+    group_rows,
+    verify_shared_prefix,
+)
 
 __all__ = [
     "LmHead",
@@ -23,6 +28,7 @@ __all__ = [
     "check_vocabulary",
     "completion_logprobs",
     "group_logprobs",
+    "group_rows",
     "lm_head",
     "load_model",
     "load_tokenizer",

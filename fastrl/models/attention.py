@@ -197,6 +197,7 @@ def shared_attention(model: nn.Module) -> Iterator[None]:
         yield
         return
     changed: list[tuple[Any, Callable]] = []
+    layer: Any
     try:
         for layer in backbone(model).modules():
             checkpoint = vars(layer).get("_gradient_checkpointing_func")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.kernels import GroupLayout, LogProbs, linear_logprob
-from fastrl.models.attention import INSTEAD, shared_attention
+from fastrl.models.attention import INSTEAD, check_shared_prefix, shared_attention
 from fastrl.models.head import as_forward, backbone, lm_head, unwrap
 
 IGNORED = -100
@@ -23,6 +23,12 @@ class Completions(Protocol):
     def completion_ids(self) -> Tensor: ...
     @property
     def completion_mask(self) -> Tensor: ...
+
+
+def group_rows(prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows of each group: neighbours with equal prompts."""
+    rows = range(len(prompt_ids))
+    return [list(group) for _, group in groupby(rows, key=lambda row: prompt_ids[row])]
 
 
 class Packed(NamedTuple):
@@ -62,7 +68,7 @@ def pack_groups(
         raise ValueError(
             "prompt_ids holds an empty prompt; a completion needs at least one token before it"
         )
-    groups = [list(g) for _, g in groupby(range(rows), key=lambda row: prompt_ids[row])]
+    groups = group_rows(prompt_ids)
     lengths = completion_mask.sum(-1).tolist()
     layout = GroupLayout.from_lengths(
         [len(prompt_ids[g[0]]) for g in groups],
@@ -194,8 +200,9 @@ def verify_shared_prefix(model: nn.Module) -> None:
     """Compare `group_logprobs` with `completion_logprobs` on two small groups.
 
     Raises `ValueError` where they differ: the model lets a token see more than its prompt and its
-    own completion in a way that its class and config do not show.
+    own completion in a way that its class and config do not show; and as `group_logprobs` does.
     """
+    check_shared_prefix(model)  # in its own mode: dropout of attention is off below
     rows = lm_head(model).weight.shape[0]
     device = next(model.parameters()).device
     prompts = [[i % rows for i in p] for p in ([1, 2, 3], [1, 2, 3], [4, 5], [4, 5])]
