@@ -58,6 +58,8 @@ LENGTHS = [5, 1, 3, 2, 0, 4, 3]  # a token, and none; a group of one; a window w
 
 def build(family="qwen3", dtype=torch.float32, **options):
     torch.manual_seed(0)
+    if family == "gemma2":  # the only one of the model's own that has the softcap
+        options.setdefault("attn_implementation", "eager")
     model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), **options).to(dtype)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:  # so that attention is not nearly uniform
