@@ -168,6 +168,13 @@ class Decoder:
         )
         return hidden
 
+    def place(self, branches: Sequence[Branch]) -> tuple[Layout, Tensor]:
+        """Where the next token of each branch goes; room is made for it."""
+        for branch in branches:
+            if branch.room() == 0:
+                branch.grow(self.new_node(branch.length))
+        return Layout(branches), torch.tensor([b.length for b in branches])
+
     def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]:
         """A root for each prompt, at most `PREFILL_ROWS` tokens of all of them at a time."""
         branches = [Branch((self.new_node(0, len(p)),), len(p), weight_version) for p in prompts]
@@ -183,34 +190,33 @@ class Decoder:
         return branches
 
 
-class Batch:
-    """Branches that step together."""
+class NativeRows:
+    """Branches that step together; `hidden` `[M, H]` is where their last tokens left them."""
 
     def __init__(self, decoder: Decoder, branches: list[Branch]):
         self._decoder = decoder
-        self.branches = branches
+        self._branches = branches
+        self._room = 0  # steps until a branch needs a new node
+        self.hidden = torch.stack([b.hidden for b in branches if b.hidden is not None])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self._branches = [self._branches[i] for i in rows.tolist()]
         self._room = 0
 
-    def _place(self) -> None:
-        for branch in self.branches:
-            if branch.room() == 0:
-                branch.grow(self._decoder.new_node(branch.length))
-        self._layout = Layout(self.branches)
-        self._positions = torch.tensor([b.length for b in self.branches])
-        self._room = min(b.room() for b in self.branches)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each branch; final hidden states `[M, H]`."""
+    def step(self, tokens: Tensor) -> None:
+        """Append a token to each row."""
         if self._room == 0:
-            self._place()
-        hidden = self._decoder.run(tokens.contiguous(), self._positions, self._layout)
+            self._layout, self._positions = self._decoder.place(self._branches)
+            self._room = min(b.room() for b in self._branches)
+        self.hidden = self._decoder.run(tokens, self._positions, self._layout)
         self._positions += 1
         self._room -= 1
-        for branch in self.branches:
+        for branch in self._branches:
             branch.length += 1
-        return hidden
 
 
 def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """Changes with every in-place write to a parameter that autograd sees, and with every move."""
-    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+    local = (getattr(p, "_local_tensor", p) for p in model.parameters())
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in local)

@@ -1,0 +1,187 @@
+"""The loop of sampling: draw a token for each row, see which rows end, go on with the others."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastrl.kernels import Samples, linear_sample
+from fastrl.models.head import LmHead
+from fastrl.rollout.sampling import Group, GroupStop, SamplingParams
+
+REASONS = ("length", "stop", "pruned")
+LENGTH, STOP, PRUNED = range(len(REASONS))
+
+
+class Rows(Protocol):
+    """Rows that decode together; `hidden` `[M, H]` is where their last tokens left them."""
+
+    hidden: Tensor
+
+    def keep(self, rows: Tensor) -> None: ...
+
+    def step(self, tokens: Tensor) -> None: ...
+
+
+def row_seeds(seed: int, row: Tensor) -> Tensor:
+    """One int64 stream per row, mixed so that neighbouring seeds share none."""
+    from fastrl.kernels.logprob.reference import splitmix64
+
+    wrapped = (seed + 2**63) % 2**64 - 2**63
+    return splitmix64(splitmix64(torch.full_like(row, wrapped)) + row)
+
+
+def draw(
+    hidden: Tensor, head: LmHead, sampling: SamplingParams, seeds: Tensor, positions: Tensor
+) -> Samples:
+    """One token for each hidden state `[M, H]`; seeds and positions `[M]` int64 decide it."""
+    return linear_sample(
+        hidden,
+        head.weight,
+        seeds=seeds,
+        positions=positions,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        **head.arguments(),
+    )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a row: one of these tokens, a stop string, its limit, or the word of its group."""
+
+    tokens: Tensor
+    tokenizer: PreTrainedTokenizerBase | None
+    group_size: int
+    group_stop: GroupStop | None
+
+    def strings(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:
+        """Which rows of tokens `[M, t]` end in a stop string that their newest token completes."""
+        reach = max(len(s) for s in stop) + 8
+        tail = tokens[:, -reach:].tolist()
+        before = [t[:-1] for t in tail]
+        texts = self.tokenizer.batch_decode(tail)  # type: ignore[union-attr]
+        earlier = self.tokenizer.batch_decode(before)  # type: ignore[union-attr]
+        return torch.tensor(
+            [
+                any(s in text and text.count(s) > old.count(s) for s in stop)
+                for text, old in zip(texts, earlier, strict=True)
+            ],
+            device=tokens.device,
+        )
+
+    def pruned(self, tokens: Tensor, first_row: int, count: Tensor, ended: Tensor) -> Tensor:
+        """Rows that their group's `group_stop` ends.
+
+        tokens `[B, T]`, count and ended `[B]`; asked are groups of which a row has just ended.
+        """
+        size = self.group_size
+        out = torch.zeros_like(ended)
+        for i in range(0, len(ended), size):
+            some = slice(i, i + size)
+            finished = ended[some].tolist()
+            if all(finished) or not any(finished):
+                continue
+            completions = [
+                row[:n] for row, n in zip(tokens[some].tolist(), count[some].tolist(), strict=True)
+            ]
+            answer = self.group_stop(  # type: ignore[misc]
+                Group((first_row + i) // size, completions, finished)
+            )
+            if isinstance(answer, bool):
+                out[some] = answer
+            elif len(answer) == size:
+                out[some] = torch.tensor(answer, dtype=torch.bool, device=out.device)
+            else:
+                raise ValueError(
+                    f"group_stop returned {len(answer)} values for a group of {size}; "
+                    "return a bool, or one for each completion"
+                )
+        return out & ~ended
+
+
+def generate(
+    rows: Rows,
+    head: LmHead,
+    sampling: SamplingParams,
+    first_row: int,
+    limits: Tensor,
+    ending: Ending,
+    progress: Callable[[int, int], None],
+) -> tuple[Tensor, ...]:
+    """Tokens, log-probs and untruncated ones `[B, T]`, lengths and indices of `REASONS` `[B]`.
+
+    limits `[B]` holds the most tokens of each row; progress is told the tokens sampled and those
+    that rows which ended will not need.
+    """
+    device = limits.device
+    steps = int(limits.max())
+    row = torch.arange(first_row, first_row + len(limits), device=device)
+    seeds = row_seeds(sampling.seed, row)
+    tokens = torch.zeros(len(limits), steps, dtype=torch.int64, device=device)
+    logprobs, untruncated = (torch.zeros(len(limits), steps, device=device) for _ in range(2))
+    count, reason = torch.zeros_like(limits), torch.zeros_like(limits)
+    ended = torch.zeros(len(limits), dtype=torch.bool, device=device)
+    live = torch.arange(len(limits), device=device)
+    hidden = rows.hidden
+    for step in range(steps):
+        drawn = draw(hidden, head, sampling, seeds[live], torch.full_like(live, step))
+        tokens[live, step] = drawn.token
+        logprobs[live, step] = drawn.logprob
+        untruncated[live, step] = drawn.untruncated_logprob
+        count[live] = step + 1
+        stop = torch.isin(drawn.token, ending.tokens)
+        if sampling.stop:
+            stop |= ending.strings(tokens[live, : step + 1], sampling.stop)
+        done = stop | (limits[live] == step + 1)
+        spared = 0
+        if done.any():
+            finished = live[done]
+            reason[finished] = torch.where(stop[done], STOP, LENGTH)
+            ended[finished] = True
+            if ending.group_stop is not None:
+                pruned = ending.pruned(tokens, first_row, count, ended)
+                reason[pruned] = PRUNED
+                ended |= pruned
+                done |= pruned[live]
+            spared = int((limits[live[done]] - step - 1).sum())
+        progress(len(live), spared)
+        token = drawn.token
+        if done.any():
+            if done.all():
+                break
+            kept = torch.nonzero(~done).squeeze(-1)
+            rows.keep(kept)
+            live, token = live[kept], token[kept]
+        rows.step(token)
+        hidden = rows.hidden
+    return tokens, logprobs, untruncated, count, reason
+
+
+@contextmanager
+def progress_bar(show: bool, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar with tokens per second, or with `show` false nothing."""
+    if not show:
+        yield lambda sampled, spared: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[rate]}")
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("sampling", total=total, rate="")
+        tokens = 0
+
+        def update(sampled: int, spared: int) -> None:
+            nonlocal tokens
+            tokens += sampled
+            elapsed = bar.tasks[task].elapsed or 1e-9
+            rate = f"{tokens} tokens, {tokens / elapsed:.0f} tokens/s"
+            bar.update(task, advance=sampled + spared, rate=rate)
+
+        yield update
