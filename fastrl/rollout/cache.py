@@ -1,7 +1,7 @@
 """Keys and values as a forest: nodes of consecutive positions, and branches that run through them.
 
-A prompt is one node that all its completions read; a completion grows by nodes of `CHUNK` positions.
-Nodes are counted by Python's own references: the last branch that leaves one frees it.
+A prompt is one node that all its completions read; a completion grows by nodes of `CHUNK`
+positions. Python's own references count who reads a node: the last branch to leave it frees it.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ class Branch:
     """A sequence in the cache: `length` tokens in `nodes`, the first of them a root.
 
     `hidden` `[H]` is the final hidden state of the last token, None where that was not computed
-    (after a fork or a rewind to an earlier token). `weight_version` is that of the weights behind it.
+    (after a fork or a rewind to an earlier token). `weight_version` is that of the weights behind
+    it.
     """
 
     __slots__ = ("growing", "hidden", "length", "nodes", "weight_version")

@@ -98,7 +98,7 @@ class Decoder:
             [self._layer(layer) for layer in self._layers],
         )
 
-    def _layer(self, layer: nn.Module):
+    def _layer(self, layer: Any):
         attention, mlp = layer.self_attn, layer.mlp
         linears = [
             *(getattr(attention, f"{name}_proj") for name in "qkvo"),

@@ -9,14 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl.kernels import Samples
 from fastrl.models import backbone, lm_head
-from fastrl.models.head import unwrap
 from fastrl.rollout import generation
 from fastrl.rollout.cache import Branch
 from fastrl.rollout.decoder import Decoder, NativeRows, UnsupportedModel, fingerprint
 from fastrl.rollout.huggingface import HuggingFaceRows
 from fastrl.rollout.sampling import GroupLayout, GroupStop, Rollouts, SamplingParams
 
-Prompts = Sequence[str] | Sequence[Sequence[int]]
+Prompts = Sequence[str | Sequence[int]]
 CHECKED = 8  # tokens that the native decoder and Hugging Face's forward are compared on
 
 
@@ -183,7 +182,7 @@ class RolloutEngine:
         `ValueError` as `generate` does, `RuntimeError` with the reason for a model that does not
         decode natively.
         """
-        (ids,) = self._encode([prompt], 1, SamplingParams())  # type: ignore[list-item]
+        (ids,) = self._encode([prompt], 1, SamplingParams())
         self._limits([ids], SamplingParams(max_new_tokens=1), None)
         return self._native().prefill([ids], self._version)[0]
 
