@@ -128,7 +128,12 @@ class RolloutEngine:
         prompt_ids = self._encode(prompts, group_size, sampling)
         if not prompt_ids:
             raise ValueError("prompts is empty; give at least one")
-        limits = self._limits(prompt_ids, sampling, max_new_tokens)
+        limits = [sampling.max_new_tokens] * len(prompt_ids)
+        if max_new_tokens is not None:
+            limits = list(max_new_tokens)
+            if min(limits, default=1) < 1:
+                raise ValueError(f"max_new_tokens={limits} must each be at least 1")
+        self._check_prompts(prompt_ids, limits)
         rows = [ids for ids in prompt_ids for _ in range(group_size)]
         row_limits = torch.tensor(limits, device=self._device()).repeat_interleave(group_size)
         ending = generation.Ending(
@@ -183,7 +188,7 @@ class RolloutEngine:
         decode natively.
         """
         (ids,) = self._encode([prompt], 1, SamplingParams())
-        self._limits([ids], SamplingParams(max_new_tokens=1), None)
+        self._check_prompts([ids], [0])
         return self._native().prefill([ids], self._version)[0]
 
     def fork(self, branch: Branch, at: int | None = None) -> Branch:
@@ -278,22 +283,11 @@ class RolloutEngine:
             for p in prompts
         ]
 
-    def _limits(
-        self,
-        prompt_ids: list[list[int]],
-        sampling: SamplingParams,
-        max_new_tokens: Sequence[int] | None,
-    ) -> list[int]:
-        """The most new tokens of each prompt; raises where a prompt is bad or has no room."""
-        limits = [sampling.max_new_tokens] * len(prompt_ids)
-        if max_new_tokens is not None:
-            limits = list(max_new_tokens)
-            if len(limits) != len(prompt_ids):
-                raise ValueError(
-                    f"max_new_tokens holds {len(limits)} limits for {len(prompt_ids)} prompts"
-                )
-            if min(limits) < 1:
-                raise ValueError(f"max_new_tokens={limits} must each be at least 1")
+    def _check_prompts(self, prompt_ids: list[list[int]], limits: Sequence[int]) -> None:
+        if len(limits) != len(prompt_ids):
+            raise ValueError(
+                f"max_new_tokens holds {len(limits)} limits for {len(prompt_ids)} prompts"
+            )
         context, vocab = self._context(), lm_head(self.model).weight.shape[0]
         for i, (ids, limit) in enumerate(zip(prompt_ids, limits, strict=True)):
             if not ids:
@@ -305,7 +299,6 @@ class RolloutEngine:
                     f"prompt {i} has {len(ids)} tokens and max_new_tokens={limit}: "
                     f"more than the model's context of {context}"
                 )
-        return limits
 
     def _stop_tokens(self, sampling: SamplingParams) -> list[int]:
         eos = sampling.eos_token_id

@@ -173,7 +173,7 @@ def progress_bar(show: bool, total: int) -> Iterator[Callable[[int, int], None]]
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = TextColumn("sampling"), BarColumn(), TextColumn("{task.fields[rate]}")
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns) as bar:
         task = bar.add_task("sampling", total=total, rate="")
         tokens = 0
 
