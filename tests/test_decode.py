@@ -138,7 +138,7 @@ def test_fork_and_rewind(family):
     for leaf, n in zip(leaves, (100, 130, 190), strict=True):
         grow(leaf, text[:n], [11, 12])
     both = engine.step([trunk, leaves[1]], torch.tensor([9, 9]))
-    alone = forward(model, text[:130] + [11, 12, 9])[-1]
+    alone = forward(model, [*text[:130], 11, 12, 9])[-1]
     torch.testing.assert_close(both[1], alone, rtol=0, atol=1e-5)
     for at in (0, 101):
         with pytest.raises(ValueError, match=f"at={at} must lie in"):
