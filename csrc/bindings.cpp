@@ -117,14 +117,15 @@ DecodeModel decode_model(int64_t width, int64_t heads, int64_t kv_heads, int64_t
 }
 
 DecodeArgs decode_args(int64_t rows, Address tokens, Address positions, Address base, Address start,
-                       Address capacity, Address chain_begin, Address chain, Address cosine,
-                       Address sine, Address hidden) {
+                       Address capacity, Address shared, Address chain_begin, Address chain,
+                       Address cosine, Address sine, Address hidden) {
   return {rows,
           pointer<const int64_t>(tokens),
           pointer<const int64_t>(positions),
           pointer<const int64_t>(base),
           pointer<const int64_t>(start),
           pointer<const int64_t>(capacity),
+          pointer<const int64_t>(shared),
           pointer<const int64_t>(chain_begin),
           pointer<const int64_t>(chain),
           pointer<const float>(cosine),

@@ -128,32 +128,34 @@ class Decoder {
     const Parameters q_norm(layer.q_norm, m_.type, m_.head_size);
     const Parameters k_norm(layer.k_norm, m_.type, m_.head_size);
     const int64_t heads = m_.heads + 2 * m_.kv_heads, d = m_.head_size;
-    parallel_for(lanes_.count() * heads, threads_, [&](int64_t task) {
-      const int64_t v = task / heads, head = task % heads;
-      const bool query = head < m_.heads, value = head >= m_.heads + m_.kv_heads;
-      const float* from = y_.get() + Lanes::at(v, projected_) + head * d * kPanel;
+    parallel_ranges(lanes_.count() * heads, threads_, [&](int64_t begin, int64_t end) {
       Buffer<float> turned(d * kLanes), rows(kLanes * depth_);
-      for (int64_t k = 0; k < d; ++k) {
-        store(turned.get() + k * kLanes, load(from + k * kPanel));
-      }
-      if (!value) {
-        if (const Parameters& norm = query ? q_norm : k_norm) {
-          const Vec scale = inverse_rms(turned.get(), d, kLanes, m_.eps);
-          for (int64_t k = 0; k < d; ++k) {
-            float* at = turned.get() + k * kLanes;
-            store(at, load(at) * scale * (m_.norm_offset + norm[k]));
-          }
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t v = task / heads, head = task % heads;
+        const bool query = head < m_.heads, value = head >= m_.heads + m_.kv_heads;
+        const float* from = y_.get() + Lanes::at(v, projected_) + head * d * kPanel;
+        for (int64_t k = 0; k < d; ++k) {
+          store(turned.get() + k * kLanes, load(from + k * kPanel));
         }
-        turn(angles_.get() + Lanes::at(v, d), turned.get(), query ? m_.attention_scale : 1.0f);
-      }
-      to_rows(turned.get(), d, kLanes, rows.get());
-      for (int64_t r = v * kLanes; r < std::min((v + 1) * kLanes, a_.rows); ++r) {
-        const float* row = rows.get() + (r - v * kLanes) * depth_;
-        if (query) {
-          std::memcpy(attention_.query(r, head), row, depth_ * 4);
-        } else {
-          const int64_t kv_head = (head - m_.heads) % m_.kv_heads;
-          from_floats(row, m_.type, d, attention_.own(i, value, r, kv_head));
+        if (!value) {
+          if (const Parameters& norm = query ? q_norm : k_norm) {
+            const Vec scale = inverse_rms(turned.get(), d, kLanes, m_.eps);
+            for (int64_t k = 0; k < d; ++k) {
+              float* at = turned.get() + k * kLanes;
+              store(at, load(at) * scale * (m_.norm_offset + norm[k]));
+            }
+          }
+          turn(angles_.get() + Lanes::at(v, d), turned.get(), query ? m_.attention_scale : 1.0f);
+        }
+        to_rows(turned.get(), d, kLanes, rows.get());
+        for (int64_t r = v * kLanes; r < std::min((v + 1) * kLanes, a_.rows); ++r) {
+          const float* row = rows.get() + (r - v * kLanes) * depth_;
+          if (query) {
+            std::memcpy(attention_.query(r, head), row, depth_ * 4);
+          } else {
+            const int64_t kv_head = (head - m_.heads) % m_.kv_heads;
+            from_floats(row, m_.type, d, attention_.own(i, value, r, kv_head));
+          }
         }
       }
     });
@@ -173,19 +175,21 @@ class Decoder {
   // input_ = what attention found, heads side by side.
   void merge() {
     const int64_t d = m_.head_size;
-    parallel_for(lanes_.count() * m_.heads, threads_, [&](int64_t task) {
-      const int64_t v = task / m_.heads, head = task % m_.heads;
+    parallel_ranges(lanes_.count() * m_.heads, threads_, [&](int64_t begin, int64_t end) {
       Buffer<float> rows(kLanes * depth_), turned(d * kLanes);
-      attention_.merge(v * kLanes, head, rows.get());
-      const float* row[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        row[i] = rows.get() + i * depth_;
-      }
-      to_lanes(row, d, kLanes, turned.get());
-      auto* to = input_.vector(v, m_.heads * d);
-      for (int64_t k = 0; k < d; k += 2) {
-        put(Kind(), to, head * d + k, load(turned.get() + k * kLanes),
-            load(turned.get() + (k + 1) * kLanes));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t v = task / m_.heads, head = task % m_.heads;
+        attention_.merge(v * kLanes, head, rows.get());
+        const float* row[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          row[i] = rows.get() + i * depth_;
+        }
+        to_lanes(row, d, kLanes, turned.get());
+        auto* to = input_.vector(v, m_.heads * d);
+        for (int64_t k = 0; k < d; k += 2) {
+          put(Kind(), to, head * d + k, load(turned.get() + k * kLanes),
+              load(turned.get() + (k + 1) * kLanes));
+        }
       }
     });
   }

@@ -52,6 +52,7 @@ struct DecodeArgs {
   int64_t rows;                            // M
   const int64_t *tokens, *positions;       // [M]
   const int64_t *base, *start, *capacity;  // per segment: address, first position, positions
+  const int64_t* shared;                   // per segment: whether many rows may read it
   const int64_t *chain_begin, *chain;      // [M + 1]; segments
   const float *cosine, *sine;              // [positions, D / 2]
   void* hidden;                            // [M, H] after the final norm, in the model's type

@@ -1,11 +1,12 @@
-// Attention of new tokens over cached segments. Rows that share a segment read each of its keys and
-// values once: their queries ride in lanes,
+// Attention of new tokens over cached segments, a chunk of kKeys keys of one segment and one key
+// head at a time. A segment that many rows share is read once for all of them: their queries ride
+// in lanes,
 //
 //   scores[keys x queries] = K[keys x D] * Q[D x queries],  out[D x queries] = V^T * exp(scores -
 //   max)
 //
-// a chunk of kKeys keys of one segment and one key head at a time. A chunk's maximum, sum and
-// unscaled output are kept in float, a row of them per query, and merged in order. Chunks are
+// A row's own segment has too few queries for that, so there the lanes run along D and the keys.
+// A chunk's maximum, sum and unscaled output are kept in float and merged in order. Chunks are
 // counted from the segment's start, so a row's bits do not depend on who else reads the segment.
 #pragma once
 
@@ -49,8 +50,20 @@ class Attention {
 
   // All queries against all that they see, chunk by chunk.
   void run(int64_t layer) const {
-    parallel_for(static_cast<int64_t>(items_.size()) * m_.kv_heads, threads_, [&](int64_t task) {
-      attend(layer, items_[task / m_.kv_heads], task % m_.kv_heads);
+    const int64_t count = items_.size() * m_.kv_heads;
+    parallel_ranges(count, threads_, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(*this);
+      for (int64_t i = begin; i < end; ++i) {
+        const Item& item = items_[i / m_.kv_heads];
+        const int64_t kv_head = i % m_.kv_heads;
+        if (a_.shared[visits_[item.begin].segment]) {
+          attend_shared(layer, item, kv_head, scratch);
+        } else {
+          for (int64_t v = item.begin; v < item.end; ++v) {
+            attend_own(layer, visits_[v], item.first, kv_head, scratch);
+          }
+        }
+      }
     });
   }
 
@@ -95,6 +108,17 @@ class Attention {
     int64_t begin, end, first, keys;
   };
 
+  // For a task's chunks. The keys and values of one, as floats, `depth_` or D of them apart.
+  struct Scratch {
+    explicit Scratch(const Attention& a)
+        : floats(2 * a.most_keys_ * a.depth_),
+          query(a.depth_ * kPanel),
+          scores(round_up(a.most_keys_, kBlock) * kPanel),
+          out(round_up(a.depth_, kBlock) * kPanel),
+          rows(kLanes * a.depth_) {}
+    Buffer<float> floats, query, scores, out, rows;
+  };
+
   std::vector<int64_t> plan() {
     std::vector<int64_t> first_part(a_.rows + 1);
     int64_t parts = 0;
@@ -120,6 +144,7 @@ class Attention {
       }
       for (int64_t first = 0; first < limit; first += kKeys) {
         items_.push_back({begin, end, first, std::min(kKeys, limit - first)});
+        most_keys_ = std::max(most_keys_, items_.back().keys);
       }
     }
     return first_part;
@@ -166,22 +191,35 @@ class Attention {
     return p;
   }
 
-  void attend(int64_t layer, const Item& item, int64_t kv_head) const {
-    const int64_t d = m_.head_size, s = visits_[item.begin].segment;
-    const bool convert = m_.type != Float::f32;
-    Buffer<float> floats(convert ? 2 * item.keys * d : 0);
-    const float* kv[2];
-    for (int kind = 0; kind < 2; ++kind) {
-      const char* from = cached(layer, kind, s, kv_head, item.first);
-      kv[kind] = reinterpret_cast<const float*>(from);
-      if (convert) {
-        float* to = floats.get() + kind * item.keys * d;
-        to_floats(from, m_.type, item.keys * d, to);
-        kv[kind] = to;
+  // Where the `keys` keys (kind 0) or values (1) of a chunk are as floats, `width` apart.
+  const float* as_floats(int64_t layer, int kind, int64_t s, int64_t kv_head, int64_t first,
+                         int64_t keys, int64_t width, const Scratch& scratch) const {
+    const int64_t d = m_.head_size;
+    const char* from = cached(layer, kind, s, kv_head, first);
+    if (m_.type == Float::f32 && width == d) {
+      return reinterpret_cast<const float*>(from);
+    }
+    float* to = scratch.floats.get() + kind * most_keys_ * depth_;
+    if (width == d) {
+      to_floats(from, m_.type, keys * d, to);
+    } else {
+      for (int64_t k = 0; k < keys; ++k) {
+        to_floats(from + k * d * bytes(m_.type), m_.type, d, to + k * width);
+        std::fill_n(to + k * width + d, width - d, 0.0f);
       }
     }
-    Buffer<float> query(depth_ * kPanel), scores(round_up(item.keys, kBlock) * kPanel),
-        out(round_up(d, kBlock) * kPanel), rows(kLanes * depth_);
+    return to;
+  }
+
+  void attend_shared(int64_t layer, const Item& item, int64_t kv_head,
+                     const Scratch& scratch) const {
+    const int64_t d = m_.head_size, s = visits_[item.begin].segment;
+    const auto floats = [&](int kind) {
+      return as_floats(layer, kind, s, kv_head, item.first, item.keys, d, scratch);
+    };
+    const float* const kv[] = {floats(0), floats(1)};
+    const auto &query = scratch.query, &scores = scratch.scores, &out = scratch.out,
+               &rows = scratch.rows;
     for (int64_t q0 = 0; q0 < (item.end - item.begin) * group_; q0 += kPanel) {
       const Panel p = panel(item, m_.layers[layer].window, kv_head, q0);
       if (!p.any) {
@@ -192,11 +230,11 @@ class Attention {
       for (int j = 0; j < vectors; ++j) {
         to_lanes(p.query + j * kLanes, d, kPanel, query.get() + j * kLanes);
       }
-      products(kv[0], d, 1, item.keys, d, query.get(), vectors, scores.get());
+      multiply_rows(kv[0], d, 1, item.keys, d, query.get(), vectors, scores.get());
       for (int j = 0; j < vectors; ++j) {
         soften(scores.get() + j * kLanes, item.keys, p, j * kLanes);
       }
-      products(kv[1], 1, d, d, item.keys, scores.get(), vectors, out.get());
+      multiply_rows(kv[1], 1, d, d, item.keys, scores.get(), vectors, out.get());
       for (int j = 0; j < wanted; ++j) {
         to_rows(out.get() + j * kLanes, d, kPanel, rows.get());
         for (int i = 0; i < kLanes; ++i) {
@@ -209,9 +247,126 @@ class Attention {
     }
   }
 
+  // One row and its group of heads against a chunk of its own segment.
+  void attend_own(int64_t layer, const Visit& visit, int64_t first, int64_t kv_head,
+                  const Scratch& scratch) const {
+    const int64_t keys = std::min(kKeys, visit.limit - first), window = m_.layers[layer].window;
+    if (keys <= 0) {
+      return;
+    }
+    const int64_t chunk = a_.start[visit.segment] + first;
+    const int64_t oldest = window > 0 ? a_.positions[visit.row] - window + 1 : 0;
+    const int64_t low = std::min(std::max<int64_t>(oldest - chunk, 0), keys);
+    const auto floats = [&](int kind) {
+      return as_floats(layer, kind, visit.segment, kv_head, first, keys, depth_, scratch);
+    };
+    const float *key = floats(0), *value = floats(1);
+    float* scores = scratch.scores.get();
+    for (int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
+      const int64_t part = (visit.part + first / kKeys) * m_.heads + head;
+      const float highest = score(query(visit.row, head), key, low, keys, scores);
+      max_[part] = highest;
+      sum_[part] = 0.0f;
+      if (low < keys) {
+        sum_[part] = soften(scores, low, keys, highest);
+        weigh(scores, value, low, keys, out_.get() + part * depth_);
+      }
+    }
+  }
+
+  // Scores of the keys [low, keys), and their maximum. Lanes along D, then along keys.
+  float score(const float* query, const float* key, int64_t low, int64_t keys,
+              float* scores) const {
+    Vec highest = splat(kNone);
+    for (int64_t k = low / kLanes * kLanes; k < keys; k += kLanes) {
+      Vec products[kLanes] = {};
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, keys - k));
+      for (int i = 0; i < count; ++i) {
+        for (int64_t d = 0; d < depth_; d += kLanes) {
+          products[i] = fma(load(query + d), load(key + (k + i) * depth_ + d), products[i]);
+        }
+      }
+      transpose(products);
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) {
+          products[i] += products[i + half];
+        }
+      }
+      Vec x = products[0];
+      if (m_.softcap > 0.0f) {
+        x = m_.softcap * tanh(x / m_.softcap);
+      }
+      store(scores + k, x);
+      highest = at_least(highest, select(between(k, low, keys), x, splat(kNone)));
+    }
+    float most = kNone;
+    for (int i = 0; i < kLanes; ++i) {
+      most = highest[i] <= most ? most : highest[i];  // NaN stays
+    }
+    return most;
+  }
+
+  // Lanes k, k + 1, ... that lie in [low, high).
+  static IVec between(int64_t k, int64_t low, int64_t high) {
+    IVec lane;
+    for (int i = 0; i < kLanes; ++i) {
+      lane[i] = i;
+    }
+    lane += static_cast<int32_t>(k);
+    return (lane >= static_cast<int32_t>(low)) & (lane < static_cast<int32_t>(high));
+  }
+
+  // Scores to exp(score - highest), and their sum.
+  static float soften(float* scores, int64_t low, int64_t keys, float highest) {
+    Vec sums = {};
+    for (int64_t k = low / kLanes * kLanes; k < keys; k += kLanes) {
+      const Vec x = at_least(load(scores + k) - highest, splat(kLowest));
+      const Vec e = select(between(k, low, keys), exp_from_lowest(x), Vec{});
+      store(scores + k, e);
+      sums += e;
+    }
+    float sum = 0.0f;
+    for (int i = 0; i < kLanes; ++i) {
+      sum += sums[i];
+    }
+    return sum;
+  }
+
+  // out = sum of weight k times value k, over [low, keys).
+  void weigh(const float* weights, const float* value, int64_t low, int64_t keys,
+             float* out) const {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= depth_; d += 4 * kLanes) {
+      weigh<4>(weights, value + d, low, keys, out + d);
+    }
+    for (; d < depth_; d += kLanes) {
+      weigh<1>(weights, value + d, low, keys, out + d);
+    }
+  }
+
+  template <int V>
+  void weigh(const float* weights, const float* value, int64_t low, int64_t keys,
+             float* out) const {
+    Vec even[V] = {}, odd[V] = {};  // two chains of additions
+    int64_t k = low;
+    for (; k + 1 < keys; k += 2) {
+      for (int j = 0; j < V; ++j) {
+        const float* at = value + k * depth_ + j * kLanes;
+        even[j] = fma(splat(weights[k]), load(at), even[j]);
+        odd[j] = fma(splat(weights[k + 1]), load(at + depth_), odd[j]);
+      }
+    }
+    for (int j = 0; j < V; ++j) {
+      if (k < keys) {
+        even[j] = fma(splat(weights[k]), load(value + k * depth_ + j * kLanes), even[j]);
+      }
+      store(out + j * kLanes, even[j] + odd[j]);
+    }
+  }
+
   // c[n, kPanel] = A[n x depth] * b, element (i, k) of A at a[i * row + k * step].
-  static void products(const float* a, int64_t row, int64_t step, int64_t n, int64_t depth,
-                       const float* b, int vectors, float* c) {
+  static void multiply_rows(const float* a, int64_t row, int64_t step, int64_t n, int64_t depth,
+                            const float* b, int vectors, float* c) {
     Rows rows;
     rows.data = reinterpret_cast<const char*>(a);
     rows.stride = step * 4;
@@ -260,6 +415,7 @@ class Attention {
   const int64_t depth_, group_;
   std::vector<Visit> visits_;  // by segment, then row
   std::vector<Item> items_;
+  int64_t most_keys_ = 0;
   std::vector<int64_t> first_part_;  // of each row
   Buffer<float> query_;              // [M, Hq, depth]
   Buffer<float> out_, max_, sum_;    // [parts, Hq] and depth

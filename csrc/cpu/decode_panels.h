@@ -155,6 +155,14 @@ struct BlockTasks {
   int64_t rows, panels, blocks, groups, per_group, per_range, ranges;
 };
 
+// Runs task(begin, end) over [0, count) in a few ranges, each of which can keep its scratch.
+template <class Task>
+void parallel_ranges(int64_t count, int threads, const Task& task) {
+  const int64_t each = ceil_div(count, 8 * threads);
+  parallel_for(ceil_div(count, each), threads,
+               [&](int64_t range) { task(range * each, std::min((range + 1) * each, count)); });
+}
+
 inline Vec silu(Vec x) { return x / (exp(-x) + 1.0f); }
 
 inline Vec gelu(Vec x) {

@@ -15,13 +15,17 @@ CHUNK = 64  # positions per node of a completion
 
 
 class Node:
-    """Keys and values `[layers, 2, Hkv, capacity, D]` of the positions from `start` on."""
+    """Keys and values `[layers, 2, Hkv, capacity, D]` of the positions from `start` on.
 
-    __slots__ = ("capacity", "start", "storage")
+    Those of a `shared` one are read once for all rows, of others once for each.
+    """
 
-    def __init__(self, storage: Tensor, start: int):
+    __slots__ = ("capacity", "shared", "start", "storage")
+
+    def __init__(self, storage: Tensor, start: int, shared: bool):
         self.storage = storage
         self.start = start
+        self.shared = shared
         self.capacity = storage.shape[3]
 
 
@@ -82,10 +86,11 @@ class Layout:
             torch.tensor([pointer(n.storage) for n in self._nodes]),
             torch.tensor([n.start for n in self._nodes]),
             torch.tensor([n.capacity for n in self._nodes]),
+            torch.tensor([int(n.shared) for n in self._nodes]),
             lengths.cumsum(0),
             torch.tensor([index[id(n)] for b in rows for n in b.nodes]),
         )
 
     def pointers(self) -> tuple[int, ...]:
-        """Addresses of the nodes, first positions, capacities, chain offsets and chains."""
+        """In the order of `decode_args`."""
         return tuple(map(pointer, self._tensors))

@@ -141,9 +141,9 @@ class Decoder:
         # In the model's dtype, as the trainer's forward has them.
         self._angles = tuple(a[0, :, :half].float().contiguous() for a in both)
 
-    def new_node(self, start: int, capacity: int = CHUNK) -> Node:
+    def _new_node(self, start: int, capacity: int, shared: bool) -> Node:
         shape = (len(self._layers), 2, self.kv_heads, capacity, self.head_size)
-        return Node(torch.empty(shape, dtype=self._dtype), start)
+        return Node(torch.empty(shape, dtype=self._dtype), start, shared)
 
     @torch.no_grad()
     def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
@@ -172,12 +172,15 @@ class Decoder:
         """Where the next token of each branch goes; room is made for it."""
         for branch in branches:
             if branch.room() == 0:
-                branch.grow(self.new_node(branch.length))
+                branch.grow(self._new_node(branch.length, CHUNK, shared=False))
         return Layout(branches), torch.tensor([b.length for b in branches])
 
     def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]:
         """A root for each prompt, at most `PREFILL_ROWS` tokens of all of them at a time."""
-        branches = [Branch((self.new_node(0, len(p)),), len(p), weight_version) for p in prompts]
+        branches = [
+            Branch((self._new_node(0, len(p), shared=True),), len(p), weight_version)
+            for p in prompts
+        ]
         owner = [b for b, p in zip(branches, prompts, strict=True) for _ in p]
         tokens = torch.tensor([t for p in prompts for t in p])
         positions = torch.cat([torch.arange(len(p)) for p in prompts])
