@@ -177,7 +177,7 @@ inline Vec inverse_rms(const float* x, int64_t n, int64_t stride, float eps) {
     sums[k % 4] = fma(v, v, sums[k % 4]);
   }
   const Vec mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(n);
-  Vec inverse;
+  Vec inverse = {};
   for (int i = 0; i < kLanes; ++i) {
     inverse[i] = 1.0f / std::sqrt(mean[i] + eps);
   }
