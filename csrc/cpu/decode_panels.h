@@ -7,6 +7,7 @@
 
 #include "decode.h"
 #include "linear.h"
+#include "stream.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
@@ -90,21 +91,19 @@ class BlockProduct {
   void take(int64_t r0, int n) {
     r0_ = r0;
     n_ = n;
-    const auto* weight = static_cast<const char*>(w_.weight);
     const int64_t stride = w_.stride * bytes(type_);
-    rows_.data = convert_ ? reinterpret_cast<const char*>(scratch_.get()) : weight;
-    rows_.stride = 4;
-    for (int r = 0; r < kBlock; ++r) {
-      const int64_t row = std::min(r, n - 1);  // rows that are not there: computed, never used
-      if (convert_ && r < n) {
-        to_floats(weight + (r0 + r) * stride, type_, w_.depth, scratch_.get() + r * w_.depth);
+    const char* from = static_cast<const char*>(w_.weight) + r0 * stride;
+    rows_ = {from, stride};
+    if (convert_) {
+      for (int r = 0; r < n; ++r) {
+        to_floats(from + r * stride, type_, w_.depth, scratch_.get() + r * w_.depth);
       }
-      rows_.row[r] = convert_ ? row * w_.depth * 4 : (r0 + row) * stride;
+      rows_ = {reinterpret_cast<const char*>(scratch_.get()), w_.depth * 4};
     }
   }
 
   void with(const typename Kind::Element* panel, int vectors, float* z) const {
-    multiply<Kind>(rows_, n_, w_.depth / Kind::kStep, panel, vectors, z);
+    multiply_streamed<Kind>(rows_, n_, w_.depth / Kind::kStep, panel, vectors, z);
     if (!bias_) {
       return;
     }
@@ -122,7 +121,7 @@ class BlockProduct {
   const bool convert_;
   Parameters bias_;
   Buffer<float> scratch_;
-  Rows rows_;
+  EvenRows rows_ = {};
   int64_t r0_ = 0;
   int n_ = 0;
 };
