@@ -73,7 +73,7 @@ class Case:
             model, self.ids.device, self.prompts, [self.group] * len(self.prompts)
         )
         sampling = SamplingParams(temperature, max_new_tokens=self.tokens)
-        ending = generation.Ending(torch.tensor([], dtype=torch.int64), None, self.group, None)
+        ending = generation.Ending([], None, self.group, None)
         limits = torch.full((len(self.ids),), self.tokens)
         return generation.generate(
             rows, lm_head(self.model), sampling, 0, limits, ending, lambda *_: None

@@ -281,18 +281,13 @@ class Attention {
     for (int64_t k = low / kLanes * kLanes; k < keys; k += kLanes) {
       Vec products[kLanes] = {};
       const int count = static_cast<int>(std::min<int64_t>(kLanes, keys - k));
-      for (int i = 0; i < count; ++i) {
-        for (int64_t d = 0; d < depth_; d += kLanes) {
-          products[i] = fma(load(query + d), load(key + (k + i) * depth_ + d), products[i]);
+      for (int64_t d = 0; d < depth_; d += kLanes) {
+        const Vec q = load(query + d);
+        for (int i = 0; i < count; ++i) {
+          products[i] = fma(q, load(key + (k + i) * depth_ + d), products[i]);
         }
       }
-      transpose(products);
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) {
-          products[i] += products[i + half];
-        }
-      }
-      Vec x = products[0];
+      Vec x = sums_of(products);
       if (m_.softcap > 0.0f) {
         x = m_.softcap * tanh(x / m_.softcap);
       }

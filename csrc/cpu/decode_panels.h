@@ -183,6 +183,19 @@ inline Vec inverse_rms(const float* x, int64_t n, int64_t stride, float eps) {
   return inverse;
 }
 
+// Lane i: the sum over the lanes of x[i].
+template <int Block = 1>
+inline Vec sums_of(Vec (&x)[kLanes]) {
+  if constexpr (Block < kLanes) {
+    for (int i = 0; i < kLanes; i += 2 * Block) {
+      swap_blocks<Block>(x[i], x[i + Block], std::make_integer_sequence<int, kLanes>());
+      x[i] += x[i + Block];
+    }
+    return sums_of<2 * Block>(x);
+  }
+  return x[0];
+}
+
 // Features of a vector of rows, [n] of `stride` floats, as rows [kLanes][round_up(n, kLanes)].
 inline void to_rows(const float* from, int64_t n, int64_t stride, float* rows) {
   const int64_t width = round_up(n, kLanes);

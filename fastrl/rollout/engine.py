@@ -137,7 +137,7 @@ class RolloutEngine:
         rows = [ids for ids in prompt_ids for _ in range(group_size)]
         row_limits = torch.tensor(limits, device=self._device()).repeat_interleave(group_size)
         ending = generation.Ending(
-            torch.tensor(self._stop_tokens(sampling), dtype=torch.int64, device=self._device()),
+            self._stop_tokens(sampling),
             self.tokenizer,
             group_size,
             group_stop,

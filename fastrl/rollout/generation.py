@@ -56,7 +56,7 @@ def draw(
 class Ending:
     """What ends a row: one of these tokens, a stop string, its limit, or the word of its group."""
 
-    tokens: Tensor
+    tokens: list[int]
     tokenizer: PreTrainedTokenizerBase | None
     group_size: int
     group_stop: GroupStop | None
@@ -121,47 +121,51 @@ def generate(
     that rows which ended will not need.
     """
     device = limits.device
-    steps = int(limits.max())
-    row = torch.arange(first_row, first_row + len(limits), device=device)
-    seeds = row_seeds(sampling.seed, row)
-    tokens = torch.zeros(len(limits), steps, dtype=torch.int64, device=device)
-    logprobs, untruncated = (torch.zeros(len(limits), steps, device=device) for _ in range(2))
-    count, reason = torch.zeros_like(limits), torch.zeros_like(limits)
-    ended = torch.zeros(len(limits), dtype=torch.bool, device=device)
-    live = torch.arange(len(limits), device=device)
-    hidden = rows.hidden
+    size, steps = len(limits), int(limits.max())
+    seeds = row_seeds(sampling.seed, torch.arange(first_row, first_row + size, device=device))
+    tokens = torch.zeros(steps, size, dtype=torch.int64, device=device)
+    logprobs, untruncated = (torch.zeros(steps, size, device=device) for _ in range(2))
+    count, reason = limits.clone(), torch.full_like(limits, LENGTH)
+    ended = torch.zeros(size, dtype=torch.bool, device=device)
+    live = torch.arange(size, device=device)
+    positions = torch.zeros_like(live)
+    limit = int(limits.min())  # of the live rows
     for step in range(steps):
-        drawn = draw(hidden, head, sampling, seeds[live], torch.full_like(live, step))
-        tokens[live, step] = drawn.token
-        logprobs[live, step] = drawn.logprob
-        untruncated[live, step] = drawn.untruncated_logprob
-        count[live] = step + 1
-        stop = torch.isin(drawn.token, ending.tokens)
+        drawn = draw(rows.hidden, head, sampling, seeds, positions)
+        tokens[step].index_copy_(0, live, drawn.token)
+        logprobs[step].index_copy_(0, live, drawn.logprob)
+        untruncated[step].index_copy_(0, live, drawn.untruncated_logprob)
+        done = torch.zeros_like(drawn.token, dtype=torch.bool)
+        for stop_token in ending.tokens:
+            done |= drawn.token == stop_token
         if sampling.stop:
-            stop |= ending.strings(tokens[live, : step + 1], sampling.stop)
-        done = stop | (limits[live] == step + 1)
+            done |= ending.strings(tokens[: step + 1].T[live], sampling.stop)
+        any_done = step + 1 == limit or bool(done.any())
         spared = 0
-        if done.any():
-            finished = live[done]
-            reason[finished] = torch.where(stop[done], STOP, LENGTH)
-            ended[finished] = True
+        if any_done:
+            reason[live[done]] = STOP
+            done |= limits[live] == step + 1
+            count[live[done]] = step + 1
+            ended[live[done]] = True
             if ending.group_stop is not None:
-                pruned = ending.pruned(tokens, first_row, count, ended)
-                reason[pruned] = PRUNED
+                so_far = torch.where(ended, count, step + 1)
+                pruned = ending.pruned(tokens.T, first_row, so_far, ended)
+                reason[pruned], count[pruned] = PRUNED, step + 1
                 ended |= pruned
                 done |= pruned[live]
             spared = int((limits[live[done]] - step - 1).sum())
         progress(len(live), spared)
         token = drawn.token
-        if done.any():
+        if any_done:
             if done.all():
                 break
             kept = torch.nonzero(~done).squeeze(-1)
             rows.keep(kept)
-            live, token = live[kept], token[kept]
+            live, token, seeds, positions = (x[kept] for x in (live, token, seeds, positions))
+            limit = int(limits[live].min())
         rows.step(token)
-        hidden = rows.hidden
-    return tokens, logprobs, untruncated, count, reason
+        positions += 1
+    return *(x.T for x in (tokens, logprobs, untruncated)), count, reason
 
 
 @contextmanager
