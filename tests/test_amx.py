@@ -13,9 +13,9 @@ import pytest
 from fastrl.kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_logprob.py",)
+TESTS = ("test_logprob.py", "test_decode.py")
 # A matrix of many rows and no depth takes an emulated tile for minutes.
-SLOW = "not more_logits_than_int32"
+SLOW = "not more_logits_than_int32 and not every_instruction_set"
 
 
 def why_not() -> str | None:

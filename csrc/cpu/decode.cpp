@@ -9,6 +9,8 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
+constexpr int64_t kWorthWaking = 64 << 10;  // numbers to normalize, for another thread to help
+
 template <class Kind>
 class Decoder {
  public:
@@ -82,7 +84,8 @@ class Decoder {
   // input_ = norm(x_)
   void normalize(const void* norm) {
     const Parameters weight(norm, m_.type, m_.width);
-    parallel_for(lanes_.count(), threads_, [&](int64_t v) {
+    const int threads = a_.rows * m_.width < kWorthWaking ? 1 : threads_;
+    parallel_for(lanes_.count(), threads, [&](int64_t v) {
       const float* x = x_.get() + Lanes::at(v, m_.width);
       const Vec scale = inverse_rms(x, m_.width, kPanel, m_.eps);
       auto* to = input_.vector(v, m_.width);

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ FAMILIES = (
     Gemma2ForCausalLM,
 )
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
-PREFILL_ROWS = 256  # in one call: bounds the scratch memory
+PREFILL_ROWS = 256  # in one call, and fewer where their attention would hold more floats than
+PREFILL_FLOATS = 16 << 20
 
 
 class UnsupportedModel(Exception):
@@ -176,7 +178,7 @@ class Decoder:
         return Layout(branches), torch.tensor([b.length for b in branches])
 
     def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]:
-        """A root for each prompt, at most `PREFILL_ROWS` tokens of all of them at a time."""
+        """A root for each prompt; a bounded number of tokens of all of them at a time."""
         branches = [
             Branch((self._new_node(0, len(p), shared=True),), len(p), weight_version)
             for p in prompts
@@ -184,12 +186,16 @@ class Decoder:
         owner = [b for b, p in zip(branches, prompts, strict=True) for _ in p]
         tokens = torch.tensor([t for p in prompts for t in p])
         positions = torch.cat([torch.arange(len(p)) for p in prompts])
-        for i in range(0, len(owner), PREFILL_ROWS):
-            some = slice(i, i + PREFILL_ROWS)
-            hidden = self.run(tokens[some].clone(), positions[some].clone(), Layout(owner[some]))
-            for j, branch in enumerate(owner[some]):
-                if positions[i + j] == branch.length - 1:
-                    branch.hidden = hidden[j].clone()
+        ends = [n - 1 for n in accumulate(map(len, prompts))]
+        # A row holds a result of its heads for each of the 240 keys that are taken at a time.
+        held = (max(map(len, prompts)) // 240 + 2) * self._config.num_attention_heads
+        rows = max(16, min(PREFILL_ROWS, PREFILL_FLOATS // (held * self.head_size)))
+        for i in range(0, len(owner), rows):
+            some = slice(i, i + rows)
+            hidden = self.run(tokens[some], positions[some], Layout(owner[some]))
+            for branch, last in zip(branches, ends, strict=True):
+                if i <= last < i + rows:
+                    branch.hidden = hidden[last - i].clone()
         return branches
 
 

@@ -89,7 +89,8 @@ class RolloutEngine:
     def _check(self, decoder: Decoder) -> None:
         """Compare with the model's own forward: a subclass or a hook may have changed it."""
         model = backbone(self.model)
-        ids = list(range(min(CHECKED, lm_head(self.model).weight.shape[0])))
+        limits = CHECKED, lm_head(self.model).weight.shape[0], self._context() or CHECKED
+        ids = list(range(min(limits)))
         was_training = self.model.training
         self.model.eval()
         want = model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]

@@ -124,7 +124,9 @@ def generate(
     size, steps = len(limits), int(limits.max())
     seeds = row_seeds(sampling.seed, torch.arange(first_row, first_row + size, device=device))
     tokens = torch.zeros(steps, size, dtype=torch.int64, device=device)
-    logprobs, untruncated = (torch.zeros(steps, size, device=device) for _ in range(2))
+    logprobs, untruncated = (
+        torch.zeros(steps, size, dtype=torch.float32, device=device) for _ in range(2)
+    )
     count, reason = limits.clone(), torch.full_like(limits, LENGTH)
     ended = torch.zeros(size, dtype=torch.bool, device=device)
     live = torch.arange(size, device=device)
