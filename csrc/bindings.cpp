@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/attention.h"
+#include "cpu/decode.h"
 #include "cpu/isa.h"
 #include "cpu/logits.h"
 #include "cpu/logprob.h"
@@ -19,6 +20,10 @@ namespace py = pybind11;
 using fastrl::AttentionArgs;
 using fastrl::AttentionBackwardArgs;
 using fastrl::AttentionForwardArgs;
+using fastrl::DecodeArgs;
+using fastrl::DecodeLayer;
+using fastrl::DecodeLinear;
+using fastrl::DecodeModel;
 using fastrl::Float;
 using fastrl::GaeArgs;
 using fastrl::Heads;
@@ -135,8 +140,63 @@ AttentionBackwardArgs attention_bwd_args(const AttentionArgs& at, const Heads& o
           pointer<void>(grad_v)};
 }
 
-void linear_sample_cpu(const SampleArgs& args,
-                       int threads){FASTRL_DISPATCH(linear_sample, args, threads)}
+void linear_sample_cpu(const SampleArgs& args, int threads) {
+  FASTRL_DISPATCH(linear_sample, args, threads)
+}
+
+void decode_cpu(const DecodeModel& model, const DecodeArgs& args,
+                int threads){FASTRL_DISPATCH(decode, model, args, threads)}
+
+DecodeLinear
+    decode_linear(Address weight, int64_t rows, int64_t depth, int64_t stride, Address bias) {
+  return {pointer<const void>(weight), rows, depth, stride, pointer<const void>(bias)};
+}
+
+DecodeLayer decode_layer(const std::array<DecodeLinear, 7>& linear,
+                         const std::array<Address, 6>& norm, int64_t window) {
+  const auto at = [&](int i) { return pointer<const void>(norm[i]); };
+  return {linear[0], linear[1], linear[2], linear[3], linear[4], linear[5], linear[6],
+          at(0),     at(1),     at(2),     at(3),     at(4),     at(5),     window};
+}
+
+DecodeModel decode_model(int64_t width, int64_t heads, int64_t kv_heads, int64_t head_size,
+                         Float type, Address embedding, int64_t embedding_stride,
+                         float embedding_scale, Address final_norm, float eps, float norm_offset,
+                         float attention_scale, float softcap, bool gelu,
+                         const std::vector<DecodeLayer>& layers) {
+  return {width,
+          heads,
+          kv_heads,
+          head_size,
+          type,
+          pointer<const void>(embedding),
+          embedding_stride,
+          embedding_scale,
+          pointer<const void>(final_norm),
+          eps,
+          norm_offset,
+          attention_scale,
+          softcap,
+          gelu,
+          layers};
+}
+
+DecodeArgs decode_args(int64_t rows, Address tokens, Address positions, Address base, Address start,
+                       Address capacity, Address shared, Address chain_begin, Address chain,
+                       Address cosine, Address sine, Address hidden) {
+  return {rows,
+          pointer<const int64_t>(tokens),
+          pointer<const int64_t>(positions),
+          pointer<const int64_t>(base),
+          pointer<const int64_t>(start),
+          pointer<const int64_t>(capacity),
+          pointer<const int64_t>(shared),
+          pointer<const int64_t>(chain_begin),
+          pointer<const int64_t>(chain),
+          pointer<const float>(cosine),
+          pointer<const float>(sine),
+          pointer<void>(hidden)};
+}
 
 LinearArgs linear_args(int64_t rows, int64_t width, int64_t vocab, Address index, Address hidden,
                        Float hidden_type, Address weight, Float weight_type, int64_t weight_stride,
@@ -342,6 +402,12 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("shared_prefix_attention_fwd_cpu", &shared_prefix_attention_fwd_cpu, release());
   m.def("shared_prefix_attention_bwd_cpu", &shared_prefix_attention_bwd_cpu, release());
+  py::class_<DecodeLinear>(m, "decode_linear").def(py::init(&decode_linear));
+  py::class_<DecodeLayer>(m, "decode_layer").def(py::init(&decode_layer));
+  py::class_<DecodeModel>(m, "decode_model").def(py::init(&decode_model));
+  py::class_<DecodeArgs>(m, "decode_args").def(py::init(&decode_args));
+
+  m.def("decode_cpu", &decode_cpu, release());
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
   m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());
   m.def("logits_logprob_fwd_cpu", &logits_logprob_fwd_cpu, release());

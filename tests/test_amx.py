@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Emulated tiles take minutes for a matrix of many rows and no depth, and for the largest grids.
 TESTS = {
     "test_attention.py": "lengths or bits or company or extreme",
+    "test_decode.py": "not every_instruction_set",
     "test_logprob.py": "not more_logits_than_int32",
     "test_sample.py": "not beyond_one_group",
 }

@@ -1,9 +1,13 @@
 """The rollout engine against Hugging Face generate, and its independence of batching."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 
-from fastrl.models import completion_logprobs
+from fastrl.kernels import native
+from fastrl.models import add_lora, completion_logprobs
 from fastrl.rollout import RolloutEngine, SamplingParams
 
 PROMPTS = ["1+2=", "12 - 7=", "3", "45 + 45 - 1="]
@@ -108,3 +112,105 @@ def test_bad_settings_are_named(engine, model):
     ):
         with pytest.raises(ValueError, match=f"{name}="):
             SamplingParams(**{name: value})
+
+
+def test_limits_of_each_prompt(engine):
+    sampling = SamplingParams(max_new_tokens=9, ignore_eos=True, seed=2)
+    free = engine.generate(PROMPTS, 3, sampling)
+    out = engine.generate(PROMPTS, 3, sampling, max_new_tokens=[2, 9, 1, 4])
+    assert out.layout.completion_lengths == (2,) * 3 + (9,) * 3 + (1,) * 3 + (4,) * 3
+    assert set(out.finish_reason) == {"length"}
+    for ids, all_ids in zip(out.completion_lists(), free.completion_lists(), strict=True):
+        assert ids == all_ids[: len(ids)]
+    for bad, message in (([1, 2], "holds 2 limits for 4 prompts"), ([1, 0, 1, 1], "at least 1")):
+        with pytest.raises(ValueError, match=message):
+            engine.generate(PROMPTS, 3, sampling, max_new_tokens=bad)
+
+
+def test_group_stop(engine, model, tokenizer):
+    sampling = SamplingParams(max_new_tokens=12, seed=4)
+    free = engine.generate(PROMPTS, 6, sampling)
+    asked = []
+
+    def first_to_finish_wins(group):
+        asked.append(group)
+        return True
+
+    out = engine.generate(PROMPTS, 6, sampling, group_stop=first_to_finish_wins)
+    lengths = torch.tensor(out.layout.completion_lengths).view(4, 6)
+    shortest = torch.tensor(free.layout.completion_lengths).view(4, 6).min(1, keepdim=True).values
+    assert (lengths == shortest).all()
+    assert {g.index for g in asked} <= set(range(4))
+    for g in asked:
+        rows = out.completion_lists()[6 * g.index : 6 * g.index + 6]
+        assert g.completions == rows and any(g.finished) and not all(g.finished)
+        reasons = out.finish_reason[6 * g.index : 6 * g.index + 6]
+        assert [r == "pruned" for r in reasons] == [not f for f in g.finished]
+
+    def drop_the_last(group):
+        return [False] * 5 + [True]
+
+    some = engine.generate(PROMPTS, 6, sampling, group_stop=drop_the_last)
+    for i, (ids, whole) in enumerate(
+        zip(some.completion_lists(), free.completion_lists(), strict=True)
+    ):
+        assert ids == (whole if i % 6 < 5 else whole[: len(ids)])
+    assert "pruned" in some.finish_reason[5::6]
+    with pytest.raises(ValueError, match="returned 2 values for a group of 6"):
+        engine.generate(PROMPTS, 6, sampling, group_stop=lambda group: [True, False])
+    with pytest.raises(ValueError, match="group_size=6 is more than max_rows=4"):
+        RolloutEngine(model, tokenizer, max_rows=4).generate(
+            PROMPTS, 6, sampling, group_stop=drop_the_last
+        )
+
+
+def test_groups_stay_whole_within_max_rows(model, tokenizer):
+    sampling = SamplingParams(max_new_tokens=12, seed=4)
+    stop = {"group_stop": lambda group: True}
+    want = RolloutEngine(model, tokenizer).generate(PROMPTS, 6, sampling, **stop)
+    got = RolloutEngine(model, tokenizer, max_rows=15).generate(PROMPTS, 6, sampling, **stop)
+    assert got.completion_lists() == want.completion_lists()
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+
+
+def test_progress(engine, capsys):
+    sampling = SamplingParams(max_new_tokens=3, seed=4)
+    want = engine.generate(PROMPTS, 2, sampling)
+    assert capsys.readouterr().out == ""
+    got = engine.generate(PROMPTS, 2, sampling, progress=True)
+    assert "tokens/s" in capsys.readouterr().out
+    assert torch.equal(got.completion_ids, want.completion_ids)
+
+
+@pytest.mark.skipif(bool(native.why_missing), reason=native.why_missing)
+def test_other_models_decode_through_their_forward_with_one_warning(model, tokenizer):
+    sampling = SamplingParams(max_new_tokens=6, seed=4)
+    want = RolloutEngine(model, tokenizer).generate(PROMPTS, 3, sampling)
+
+    class Renamed(type(model)):
+        pass
+
+    def check(other, why):
+        engine = RolloutEngine(other, tokenizer)
+        with pytest.warns(RuntimeWarning, match=f"slower forward: .*{why}") as seen:
+            got = engine.generate(PROMPTS, 3, sampling)
+        assert len(seen) == 1 and why in engine.fallback_reason
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            engine.generate(PROMPTS, 3, sampling, group_stop=lambda group: True)
+        with pytest.raises(RuntimeError, match=f"need the native decoder: .*{why}"):
+            engine.prefill("1+")
+        return got
+
+    other = copy.deepcopy(model)
+    other.__class__ = Renamed
+    got = check(other, "Renamed is not one of the known families")
+    assert got.completion_lists() == want.completion_lists()
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+    lora = add_lora(
+        copy.deepcopy(model), rank=2, alpha=4, dropout=0.0, target_modules=["q_proj"], seed=0
+    )
+    assert check(lora, "PeftModel").completion_lists() == want.completion_lists()
+    hooked = copy.deepcopy(model)
+    hooked.model.layers[0].mlp.register_forward_hook(lambda module, given, out: out * 1.5)
+    check(hooked, "its hidden states differ")

@@ -1,5 +1,6 @@
 """What to sample and what comes back."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,6 +44,19 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Group:
+    """A group in the making: its prompt's index, its completions so far, which of them ended."""
+
+    index: int
+    completions: list[list[int]]
+    finished: list[bool]
+
+
+# True ends the group's other completions; one bool for each completion ends these.
+GroupStop = Callable[[Group], bool | Sequence[bool]]
+
+
+@dataclass(frozen=True)
 class GroupLayout:
     """Lengths of groups `prompt | c_1 | ... | c_G`, each c following the prompt."""
 
@@ -58,8 +72,8 @@ class Rollouts:
     prompt_ids: B lists (rows of a group share one); completion_ids `[B, T]` int64, right-padded
     with 0; completion_mask `[B, T]` bool, true up to and including the stop token; logprobs `[B,
     T]` float32 of the distribution sampled from, untruncated_logprobs of the one before top-k,
-    top-p and min-p (equal without them); finish_reason "stop" or "length"; weight_version: the
-    weights' version at sampling.
+    top-p and min-p (equal without them); finish_reason "stop", "length", or "pruned" where
+    `group_stop` ended it; weight_version: the weights' version at sampling.
     """
 
     prompt_ids: list[list[int]]

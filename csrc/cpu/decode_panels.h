@@ -1,0 +1,230 @@
+// Activations of many rows as panels, [panel][feature][kPanel] with a row per lane, and what is
+// done to them: products with weights, norms, activations. Nothing crosses lanes, so a row's bits
+// do not depend on the rows beside it, and what leaves a product is in place for the next one.
+#pragma once
+
+#include <cmath>
+
+#include "decode.h"
+#include "linear.h"
+#include "stream.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+// How M rows lie in panels.
+struct Lanes {
+  int64_t rows;
+
+  int64_t panels() const { return ceil_div(rows, kPanel); }
+  // Vectors of the panel that hold rows, as many as products are made for.
+  int vectors(int64_t p) const {
+    const int64_t n = ceil_div(std::min<int64_t>(kPanel, rows - p * kPanel), kLanes);
+    return n > 2 ? kVectors : static_cast<int>(n);
+  }
+  // All vectors of all panels; what products write into more than these is never read.
+  int64_t count() const { return ceil_div(rows, kLanes); }
+  // Where vector v begins in panels of `features`.
+  static int64_t at(int64_t v, int64_t features) {
+    return v / kVectors * features * kPanel + v % kVectors * kLanes;
+  }
+};
+
+// Features k and k + 1 of a vector of rows, into panels of what a product reads.
+inline void put(Floats, float* panel, int64_t k, Vec even, Vec odd) {
+  store(panel + k * kPanel, even);
+  store(panel + (k + 1) * kPanel, odd);
+}
+#ifdef FASTRL_PAIRS
+inline void put(Pairs, uint32_t* panel, int64_t k, Vec even, Vec odd) {
+  uint16_t low[kLanes], high[kLanes];
+  Pairs::keep(even, low);
+  Pairs::keep(odd, high);
+  const Vec pairs = Pairs::pairs(low, high);
+  std::memcpy(panel + k / 2 * kPanel, &pairs, sizeof pairs);
+}
+#endif
+
+// [panel][depth / kStep][kPanel] Elements, the right-hand side of products.
+template <class Kind>
+struct Operand {
+  Operand(const Lanes& lanes, int64_t most) : data(lanes.panels() * most / Kind::kStep * kPanel) {
+    std::memset(data.get(), 0, lanes.panels() * most / Kind::kStep * kPanel * 4);
+  }
+  typename Kind::Element* panel(int64_t p, int64_t depth) const {
+    return data.get() + p * (depth / Kind::kStep) * kPanel;
+  }
+  typename Kind::Element* vector(int64_t v, int64_t depth) const {
+    return panel(v / kVectors, depth) + v % kVectors * kLanes;
+  }
+  Buffer<typename Kind::Element> data;
+};
+
+// A vector of parameters as floats.
+class Parameters {
+ public:
+  Parameters(const void* from, Float type, int64_t n) : data_(from ? n : 0), any_(from) {
+    if (from) {
+      to_floats(from, type, n, data_.get());
+    }
+  }
+  explicit operator bool() const { return any_; }
+  float operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  Buffer<float> data_;
+  bool any_;
+};
+
+// A block of rows of weights times a panel, z[kBlock, kPanel].
+template <class Kind>
+class BlockProduct {
+ public:
+  BlockProduct(const DecodeLinear& w, Float type)
+      : w_(w),
+        type_(type),
+        convert_(Kind::kStep == 1 && type != Float::f32),
+        bias_(w.bias, type, w.rows),
+        scratch_(convert_ ? kBlock * w.depth : 0) {}
+
+  void take(int64_t r0, int n) {
+    r0_ = r0;
+    n_ = n;
+    const int64_t stride = w_.stride * bytes(type_);
+    const char* from = static_cast<const char*>(w_.weight) + r0 * stride;
+    rows_ = {from, stride};
+    if (convert_) {
+      for (int r = 0; r < n; ++r) {
+        to_floats(from + r * stride, type_, w_.depth, scratch_.get() + r * w_.depth);
+      }
+      rows_ = {reinterpret_cast<const char*>(scratch_.get()), w_.depth * 4};
+    }
+  }
+
+  void with(const typename Kind::Element* panel, int vectors, float* z) const {
+    multiply_streamed<Kind>(rows_, n_, w_.depth / Kind::kStep, panel, vectors, z);
+    if (!bias_) {
+      return;
+    }
+    for (int r = 0; r < n_; ++r) {
+      for (int j = 0; j < vectors; ++j) {
+        float* at = z + r * kPanel + j * kLanes;
+        store(at, load(at) + bias_[r0_ + r]);
+      }
+    }
+  }
+
+ private:
+  const DecodeLinear& w_;
+  const Float type_;
+  const bool convert_;
+  Parameters bias_;
+  Buffer<float> scratch_;
+  EvenRows rows_ = {};
+  int64_t r0_ = 0;
+  int n_ = 0;
+};
+
+// Runs over blocks of `rows` rows of a weight and panels: task(first row, rows, first panel,
+// panels) gets a few of each. Which ones a task takes changes who computes, not what.
+struct BlockTasks {
+  BlockTasks(const Lanes& lanes, int64_t rows, int threads)
+      : rows(rows), panels(lanes.panels()), blocks(ceil_div(rows, kBlock)) {
+    const int64_t wanted = 4 * threads;
+    groups = std::min(panels, ceil_div(wanted, blocks));
+    per_group = ceil_div(panels, groups);
+    per_range = ceil_div(blocks, wanted);
+    ranges = ceil_div(blocks, per_range);
+  }
+  int64_t count() const { return ranges * groups; }
+
+  template <class Take, class With>
+  void run(int64_t task, const Take& take, const With& with) const {
+    const int64_t p0 = task % groups * per_group, b0 = task / groups * per_range;
+    for (int64_t b = b0; b < std::min(b0 + per_range, blocks); ++b) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - b * kBlock));
+      take(b * kBlock, n);
+      for (int64_t p = p0; p < std::min(p0 + per_group, panels); ++p) {
+        with(b * kBlock, n, p);
+      }
+    }
+  }
+
+  int64_t rows, panels, blocks, groups, per_group, per_range, ranges;
+};
+
+// Runs task(begin, end) over [0, count) in a few ranges, each of which can keep its scratch.
+template <class Task>
+void parallel_ranges(int64_t count, int threads, const Task& task) {
+  const int64_t each = ceil_div(count, 8 * threads);
+  parallel_for(ceil_div(count, each), threads,
+               [&](int64_t range) { task(range * each, std::min((range + 1) * each, count)); });
+}
+
+inline Vec silu(Vec x) { return x / (exp(-x) + 1.0f); }
+
+inline Vec gelu(Vec x) {
+  return 0.5f * x * (tanh(0.797884561f * (x + 0.044715f * (x * x * x))) + 1.0f);
+}
+
+// 1 / sqrt(mean x^2 + eps) over n features, `stride` floats apart.
+inline Vec inverse_rms(const float* x, int64_t n, int64_t stride, float eps) {
+  Vec sums[4] = {};
+  for (int64_t k = 0; k < n; ++k) {
+    const Vec v = load(x + k * stride);
+    sums[k % 4] = fma(v, v, sums[k % 4]);
+  }
+  const Vec mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(n);
+  Vec inverse = {};
+  for (int i = 0; i < kLanes; ++i) {
+    inverse[i] = 1.0f / std::sqrt(mean[i] + eps);
+  }
+  return inverse;
+}
+
+// Lane i: the sum over the lanes of x[i].
+template <int Block = 1>
+inline Vec sums_of(Vec (&x)[kLanes]) {
+  if constexpr (Block < kLanes) {
+    for (int i = 0; i < kLanes; i += 2 * Block) {
+      swap_blocks<Block>(x[i], x[i + Block], std::make_integer_sequence<int, kLanes>());
+      x[i] += x[i + Block];
+    }
+    return sums_of<2 * Block>(x);
+  }
+  return x[0];
+}
+
+// Features of a vector of rows, [n] of `stride` floats, as rows [kLanes][round_up(n, kLanes)].
+inline void to_rows(const float* from, int64_t n, int64_t stride, float* rows) {
+  const int64_t width = round_up(n, kLanes);
+  for (int64_t k = 0; k < n; k += kLanes) {
+    Vec tile[kLanes] = {};
+    for (int i = 0; i < std::min<int64_t>(kLanes, n - k); ++i) {
+      tile[i] = load(from + (k + i) * stride);
+    }
+    transpose(tile);
+    for (int i = 0; i < kLanes; ++i) {
+      store(rows + i * width + k, tile[i]);
+    }
+  }
+}
+
+// And back: `rows` pointers to at least round_up(n, kLanes) floats each, null for a row of zeros.
+inline void to_lanes(const float* const* rows, int64_t n, int64_t stride, float* to) {
+  for (int64_t k = 0; k < n; k += kLanes) {
+    Vec tile[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      tile[i] = rows[i] ? load(rows[i] + k) : Vec{};
+    }
+    transpose(tile);
+    for (int i = 0; i < std::min<int64_t>(kLanes, n - k); ++i) {
+      store(to + (k + i) * stride, tile[i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl

@@ -1,0 +1,231 @@
+"""The native decoder: what csrc/cpu/decode.cpp is called with for a Hugging Face model."""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+from fastrl.kernels.native import module, pointer, threads, unavailable
+from fastrl.rollout.cache import CHUNK, Branch, Layout, Node
+
+FAMILIES = (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    Gemma2ForCausalLM,
+)
+ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
+PREFILL_ROWS = 256  # in one call, and fewer where their attention would hold more floats than
+PREFILL_FLOATS = 16 << 20
+
+
+class UnsupportedModel(Exception):
+    """Why a model cannot be decoded natively."""
+
+
+def _need(condition: bool, why: str) -> None:
+    if not condition:
+        raise UnsupportedModel(why)
+
+
+def _scaling(config: Any, head_size: int) -> float:
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    return (head_size if scalar is None else scalar) ** -0.5
+
+
+class Decoder:
+    """A causal LM's layers on the CPU, on the model's own parameters.
+
+    Raises `UnsupportedModel` for what it does not know. It holds addresses of parameters, so it has
+    to be made anew where `fingerprint` finds that one has moved.
+    """
+
+    def __init__(self, model: nn.Module):
+        _need(type(model) in FAMILIES, f"{type(model).__name__} is not one of the known families")
+        self._inner = model.get_decoder()  # type: ignore[operator]
+        self._config = c = self._inner.config
+        embedding = self._inner.embed_tokens
+        self._dtype = embedding.weight.dtype
+        for name, p in self._inner.named_parameters():
+            _need(p.dtype == self._dtype, f"{name} is {p.dtype}, the embedding {self._dtype}")
+            _need(p.device.type == "cpu" and type(p) is nn.Parameter, f"{name} is no CPU tensor")
+            _need(p.dim() == 1 or p.stride(1) == 1, f"{name} is not stored row by row")
+        _need(
+            self._dtype in (torch.float32, torch.bfloat16, torch.float16),
+            f"its parameters are {self._dtype}",
+        )
+        missing = unavailable("cpu", embedding.weight.device)
+        _need(missing is None, missing or "")
+        rope = c.rope_parameters["rope_type"]
+        _need(rope not in ("dynamic", "longrope"), f"its {rope} angles depend on the length")
+        _need(not getattr(c, "use_bidirectional_attention", False), "its attention is not causal")
+        activation = getattr(c, "hidden_activation", None) or c.hidden_act
+        _need(activation in ACTIVATIONS, f"its activation is {activation}")
+
+        self._layers = self._inner.layers[: c.num_hidden_layers]
+        self.head_size = self._layers[0].self_attn.head_dim
+        self.kv_heads = c.num_key_value_heads
+        even = c.hidden_size, c.intermediate_size, self.head_size
+        _need(all(n % 2 == 0 for n in even), "a size of it is odd")
+        self._angles = (torch.empty(0), torch.empty(0))
+        self._grow_angles(1)
+        scale = getattr(embedding, "scalar_embed_scale", 1.0)
+        native = module()
+        self._model = native.decode_model(
+            c.hidden_size,
+            c.num_attention_heads,
+            self.kv_heads,
+            self.head_size,
+            getattr(native.Float, str(self._dtype).removeprefix("torch.")),
+            pointer(embedding.weight),
+            embedding.weight.stride(0),
+            torch.tensor(scale).to(self._dtype).item(),
+            pointer(self._inner.norm.weight),
+            c.rms_norm_eps,
+            1.0 if isinstance(model, Gemma2ForCausalLM) else 0.0,
+            _scaling(c, self.head_size),
+            getattr(c, "attn_logit_softcapping", None) or 0.0,
+            ACTIVATIONS[activation],
+            [self._layer(layer) for layer in self._layers],
+        )
+
+    def _layer(self, layer: Any):
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = [
+            *(getattr(attention, f"{name}_proj") for name in "qkvo"),
+            *(getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")),
+        ]
+        _need(all(type(m) is nn.Linear for m in linears), "it has a projection of another type")
+        # Gemma 2 calls the norm before its MLP differently, and has one after attention and MLP.
+        extra = hasattr(layer, "pre_feedforward_layernorm")
+        norms = (
+            layer.input_layernorm,
+            layer.pre_feedforward_layernorm if extra else layer.post_attention_layernorm,
+            layer.post_attention_layernorm if extra else None,
+            layer.post_feedforward_layernorm if extra else None,
+            getattr(attention, "q_norm", None),
+            getattr(attention, "k_norm", None),
+        )
+        window = getattr(attention, "sliding_window", None)
+        if not hasattr(attention, "sliding_window"):  # Mistral has it for all layers
+            window = getattr(self._config, "sliding_window", None)
+        native = module()
+        return native.decode_layer(
+            [
+                native.decode_linear(
+                    pointer(m.weight), *m.weight.shape, m.weight.stride(0), pointer(m.bias)
+                )
+                for m in linears
+            ],
+            [0 if n is None else pointer(n.weight) for n in norms],
+            window or 0,
+        )
+
+    def _grow_angles(self, positions: int) -> None:
+        if len(self._angles[0]) >= positions:
+            return
+        count = max(256, 2 ** math.ceil(math.log2(positions)))
+        like = torch.empty(0, dtype=self._dtype)
+        both = self._inner.rotary_emb(like, torch.arange(count).unsqueeze(0))
+        _need(both[0].shape[-1] == self.head_size, "only a part of each head is rotated")
+        half = self.head_size // 2
+        # In the model's dtype, as the trainer's forward has them.
+        self._angles = tuple(a[0, :, :half].float().contiguous() for a in both)
+
+    def _new_node(self, start: int, capacity: int, shared: bool) -> Node:
+        shape = (len(self._layers), 2, self.kv_heads, capacity, self.head_size)
+        return Node(torch.empty(shape, dtype=self._dtype), start, shared)
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """Final hidden states `[M, H]` of tokens `[M]` at positions `[M]`, both int64.
+
+        Their keys and values are written where the layout's rows end.
+        """
+        self._grow_angles(int(positions.max()) + 1)
+        hidden = torch.empty(len(tokens), self._config.hidden_size, dtype=self._dtype)
+        native = module()
+        native.decode_cpu(
+            self._model,
+            native.decode_args(
+                len(tokens),
+                pointer(tokens),
+                pointer(positions),
+                *layout.pointers(),
+                *map(pointer, self._angles),
+                pointer(hidden),
+            ),
+            threads(),
+        )
+        return hidden
+
+    def place(self, branches: Sequence[Branch]) -> tuple[Layout, Tensor]:
+        """Where the next token of each branch goes; room is made for it."""
+        for branch in branches:
+            if branch.room() == 0:
+                branch.grow(self._new_node(branch.length, CHUNK, shared=False))
+        return Layout(branches), torch.tensor([b.length for b in branches])
+
+    def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]:
+        """A root for each prompt; a bounded number of tokens of all of them at a time."""
+        branches = [
+            Branch((self._new_node(0, len(p), shared=True),), len(p), weight_version)
+            for p in prompts
+        ]
+        owner = [b for b, p in zip(branches, prompts, strict=True) for _ in p]
+        tokens = torch.tensor([t for p in prompts for t in p])
+        positions = torch.cat([torch.arange(len(p)) for p in prompts])
+        ends = [n - 1 for n in accumulate(map(len, prompts))]
+        # A row holds a result of its heads for each of the 240 keys that are taken at a time.
+        held = (max(map(len, prompts)) // 240 + 2) * self._config.num_attention_heads
+        rows = max(16, min(PREFILL_ROWS, PREFILL_FLOATS // (held * self.head_size)))
+        for i in range(0, len(owner), rows):
+            some = slice(i, i + rows)
+            hidden = self.run(tokens[some], positions[some], Layout(owner[some]))
+            for branch, last in zip(branches, ends, strict=True):
+                if i <= last < i + rows:
+                    branch.hidden = hidden[last - i].clone()
+        return branches
+
+
+class NativeRows:
+    """Branches that step together; `hidden` `[M, H]` is where their last tokens left them."""
+
+    def __init__(self, decoder: Decoder, branches: list[Branch]):
+        self._decoder = decoder
+        self._branches = branches
+        self._room = 0  # steps until a branch needs a new node
+        self.hidden = torch.stack([b.hidden for b in branches if b.hidden is not None])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self._branches = [self._branches[i] for i in rows.tolist()]
+        self._room = 0
+
+    def step(self, tokens: Tensor) -> None:
+        """Append a token to each row."""
+        if self._room == 0:
+            self._layout, self._positions = self._decoder.place(self._branches)
+            self._room = min(b.room() for b in self._branches)
+        self.hidden = self._decoder.run(tokens, self._positions, self._layout)
+        self._positions += 1
+        self._room -= 1
+        for branch in self._branches:
+            branch.length += 1
+
+
+def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes with every in-place write to a parameter that autograd sees, and with every move."""
+    local = (getattr(p, "_local_tensor", p) for p in model.parameters())
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in local)
