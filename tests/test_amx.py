@@ -13,9 +13,12 @@ import pytest
 from fastrl.kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_logprob.py", "test_decode.py")
-# A matrix of many rows and no depth takes an emulated tile for minutes.
-SLOW = "not more_logits_than_int32 and not every_instruction_set"
+# Which tests of a file: emulated tiles take minutes for matrices of many rows and no depth, and
+# for whole models. The second dtype there is bf16, the one that tiles multiply.
+TESTS = {
+    "test_logprob.py": "not more_logits_than_int32",
+    "test_decode.py": "(hidden_states and qwen2 or bits) and dtype1",
+}
 
 
 def why_not() -> str | None:
@@ -59,7 +62,7 @@ def test_ops_on_emulated_tiles(emulated, test):
         "sys.modules['fastrl._C'] = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(sys.modules['fastrl._C'])\n"
         "assert sys.modules['fastrl._C'].isa() == 'amx'\n"
-        f"code = pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {SLOW!r}, {test!r}])\n"
+        f"code = pytest.main(['-q', '-p', 'no:cacheprovider', '-k', {TESTS[test]!r}, {test!r}])\n"
         "sys.exit(code)"
     )
     assert " passed" in gpu_proof.run_python(code, FASTRL_ISA="amx")
