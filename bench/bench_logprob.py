@@ -1,167 +1,213 @@
-"""linear_logprob against eager PyTorch, torch.compile and the fused losses of others.
+"""linear_logprob on a CPU against eager PyTorch, torch.compile and the fused losses of others.
 
-python -m pytest bench/bench_logprob.py      pytest-benchmark's table, one case at a time
-python bench/bench_logprob.py [--json FILE]  variants interleaved round by round, ratios printed
+python -m pytest bench/bench_logprob.py       pytest-benchmark's table, one small shape
+python bench/bench_logprob.py --grid issue    checked, timed in turns, memory measured, as JSON
+python bench/bench_logprob.py --help          grids, and how to bound what is run
 
-Forward and backward with the gradient of a sum over tokens. The arithmetic floor is 2 N H V
-operations forward and 8 N H V in all (the backward computes the logits again).
+Every point runs in processes of its own (point.py). A variant is timed only after its results agree
+with float64 (accuracy.py). The gradient is that of the sum of the log-probs, and entropies.
 """
 
 import argparse
+import itertools
 import json
-import platform
-import statistics
+import os
+import sys
 import time
 from pathlib import Path
 
+import peak
 import pytest
-import torch
-import torch.nn.functional as F
+import race
+from baselines import NO_ENTROPY, OURS, VARIANTS, counted, missing
 
-from fastrl.kernels import linear_logprob, native
+TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
+WIDTHS = (896, 2048, 4096)
+VOCABS = (32000, 128256, 151936, 256000)
+BOTH_DTYPES = ("bfloat16", "float32")
 
-# Tokens, width, vocabulary, dtype.
-SHAPES = [
-    (16, 896, 151936, "bfloat16"),
-    (2048, 896, 151936, "bfloat16"),
-    (1024, 896, 151936, "float32"),
-    (2048, 2048, 32000, "bfloat16"),
-    (512, 128, 17, "float32"),
-]
-
-
-def ours(hidden, weight, target):
-    return linear_logprob(hidden, weight, target, impl="cpu").logprob
-
-
-def eager(hidden, weight, target):
-    logits = F.linear(hidden, weight).float()
-    return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+# Shapes (tokens, width, vocab), and the defaults of --dtype, --entropy and --ignored.
+GRIDS = {
+    "small": ([(1, 896, 32000), (16, 896, 32000), (256, 896, 32000)], BOTH_DTYPES, "both", (0, 50)),
+    "issue": ([(2048, 896, 151936), (16, 896, 151936)], BOTH_DTYPES, "no", (0, 50)),
+    "full": (list(itertools.product(TOKENS, WIDTHS, VOCABS)), BOTH_DTYPES, "both", (0, 50, 90)),
+    "peers": (
+        [(252, 128, 507), (1530, 2048, 32256), (2169, 896, 151936), (1937, 3584, 152064)],
+        BOTH_DTYPES,
+        "no",
+        (0,),
+    ),
+}
 
 
-def torch_linear_cross_entropy(hidden, weight, target):
-    return -F.linear_cross_entropy(hidden, weight, target, reduction="sum").unsqueeze(0)
-
-
-def cce(hidden, weight, target):
-    from cut_cross_entropy import linear_cross_entropy
-
-    return -linear_cross_entropy(hidden, weight, target, reduction="none", impl="torch_compile")
-
-
-def trl_chunked(hidden, weight, target):
-    from trl.kernels import ChunkedLogProbFunction
-
-    return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 8192, None, 1.0, ())[0]
-
-
-def variants():
-    """Name to function; only what is installed here."""
-    found = {"eager": eager, "compile": torch.compile(eager)}
-    if native.unavailable("cpu", torch.device("cpu")) is None:
-        found = {"ours": ours, **found}
-    if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = torch_linear_cross_entropy
-    for name, package, function in (("cce", "cut_cross_entropy", cce), ("trl", "trl", trl_chunked)):
-        try:
-            __import__(package)
-            found[name] = function
-        except ImportError:
-            print(f"{name} is not installed: pip install 'fastrl[bench]'")
-    return found
-
-
-def draw(n, h, v, dtype):
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, h, generator=g).to(getattr(torch, dtype)).requires_grad_()
-    weight = (torch.randn(v, h, generator=g) / h**0.5).to(hidden.dtype).requires_grad_()
-    return hidden, weight, torch.randint(v, (n,), generator=g)
-
-
-def check(name, function, hidden, weight, target):
-    """The gate before any timing: a wrong kernel has no speed."""
-    with torch.no_grad():
-        few = slice(0, 4)
-        want = linear_logprob(hidden[few].double(), weight.double(), target[few]).logprob
-        got = function(hidden[few], weight, target[few]).double()
-    limit = 1e-4 if hidden.dtype == torch.float32 else 0.1
-    error = (got.sum() - want.sum()).abs().item()
-    assert error < limit, f"{name} is off by {error}"
-
-
-def once(function, hidden, weight, target):
-    """Seconds of the forward and of the backward."""
-    start = time.perf_counter()
-    out = function(hidden, weight, target)
-    middle = time.perf_counter()
-    torch.autograd.grad(out.sum(), (hidden, weight))
-    return middle - start, time.perf_counter() - middle
-
-
-@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[-1:], ids=str)
-@pytest.mark.parametrize("name", variants())
-def test_linear_logprob(benchmark, name, shape):
-    inputs = draw(*shape)
-    check(name, variants()[name], *inputs)
-    benchmark.pedantic(once, args=(variants()[name], *inputs), rounds=3, warmup_rounds=1)
-
-
-def compare(shape, rounds):
-    """Medians of forward and of both, each variant in turn in every round."""
-    inputs = draw(*shape)
-    functions = variants()
-    failed = {}
-    for name, function in list(functions.items()):
-        try:
-            check(name, function, *inputs)
-            once(function, *inputs)
-        except Exception as error:  # a peer that cannot do this shape is reported, not hidden
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-            del functions[name]
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(once(function, *inputs))
-    medians = {
-        name: {
-            "forward": statistics.median(f for f, _ in t),
-            "both": statistics.median(f + b for f, b in t),
+def bounds(point: dict, report: dict) -> dict[str, dict[str, float]]:
+    """Seconds of the floor, and of our operations alone at the peak, forward and both."""
+    tokens, width, vocab = point["shape"]
+    kept = counted(tokens, point["ignored"])
+    share = min(1.0, report["workspace_mb"] * 2**20 / (2.25 * kept * vocab))
+    where = (report["peaks"], report["isa"], report["threads"])
+    rate = peak.flops(*where, point["dtype"])
+    shape = (kept, width, vocab)
+    return {
+        mode: {
+            "floor": peak.floor(*where, shape, point["dtype"], mode == "both", share),
+            "operations": peak.operations(*shape, mode == "both", share) / rate,
         }
-        for name, t in times.items()
+        for mode in ("forward", "both")
     }
-    return medians, failed
+
+
+def describe(point: dict) -> str:
+    n, h, v = point["shape"]
+    ignored = f", {point['ignored']:.0%} ignored" if point["ignored"] else ""
+    return f"N={n} H={h} V={v} {point['dtype']}{', entropy' if point['entropy'] else ''}{ignored}"
+
+
+def show(result: dict):
+    """Prints a point."""
+    found = result["variants"]
+    base = found.get(OURS, {})
+    if "failed" in result:
+        print(f"  FAILED: {result['failed']}")
+    for name, of in found.items():
+        if "skipped" in of or "failed" in of:
+            print(f"  {name:30s} {'; '.join(of[k] for k in ('skipped', 'failed') if k in of)}")
+            continue
+        text = f"  {name:30s}"
+        for mode in ("forward", "both"):
+            if mode not in of:
+                continue
+            median = of[mode]["median"]
+            text += f" {mode} {median * 1e3:10.2f} ms"
+            if mode in base:
+                text += f" ({median / base[mode]['median']:5.2f}x)"
+            if "extra_mb" in of:
+                text += f" {of['extra_mb'][mode]:+7.0f} MB"
+        if "errors" in of:
+            text += f"  error {max(of['errors'].values()):.1e}"
+        if result["entropy"] and name in NO_ENTROPY:
+            text += "  (without entropy)"
+        print(text)
+    for mode, least in result.get("bounds", {}).items():
+        if mode in base:
+            took = base[mode]["median"]
+            print(
+                f"  {OURS} {mode}: {least['operations'] / took:.0%} of the peak, "
+                f"{took / least['floor']:.2f} times the floor of {least['floor'] * 1e3:.2f} ms"
+            )
+    everything = found.get(f"{OURS}, none ignored", {})
+    for mode in ("forward", "both"):
+        if mode in everything and mode in base:
+            tokens = result["shape"][0]
+            share = counted(tokens, result["ignored"]) / tokens * everything[mode]["median"]
+            print(
+                f"  {OURS} {mode}: {base[mode]['median'] / share:.2f} times its share of the rows"
+            )
+
+
+def points(options) -> list[dict]:
+    """Smallest first, so that a limit leaves out the largest."""
+    shapes, dtypes, entropy, ignored = GRIDS[options.grid]
+    shapes = options.only or shapes
+    wanted = {"no": (False,), "yes": (True,), "both": (False, True)}[options.entropy or entropy]
+    axes = (shapes, options.dtype or dtypes, wanted, options.ignored or ignored)
+    found = [
+        {"shape": list(s), "dtype": d, "entropy": e, "ignored": i / 100}
+        for s, d, e, i in itertools.product(*axes)
+    ]
+    return sorted(found, key=race.size)
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--grid", choices=GRIDS, default="small")
+    add(
+        "--only", action="append", type=_shape, metavar="N,H,V", help="instead of the grid's shapes"
+    )
+    add("--dtype", nargs="+", choices=(*BOTH_DTYPES, "float16"), help="instead of the grid's")
+    add("--entropy", choices=("no", "yes", "both"), help="instead of the grid's")
+    add("--ignored", nargs="+", type=int, help="per cent of the rows, instead of the grid's")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--rounds", type=int, default=5, help="of each variant, fewer where they do not fit")
+    add("--limit-seconds", type=float, default=float("inf"), help="no point starts after these")
+    add("--point-seconds", type=float, default=120.0, help="for the rounds of a point, and at most "
+        "for a variant's first call")  # fmt: skip
+    add("--pause-ms", type=float, default=10.0, help="before each call; 0 for what OpenMP's "
+        "spinning threads do to the next one")  # fmt: skip
+    add("--isa", choices=race.CAPPED, help="for ours and for PyTorch; the best without")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--workspace-mb", type=float, help="of linear_logprob; its own default without")
+    add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
+    add("--peak", action=argparse.BooleanOptionalAction, default=True, help="measure it first")
+    add("--json", type=Path, help="where to write the figures, after every point")
+    add("--resume", action="store_true", help="keep what the JSON file has and run the rest")
+    return parser.parse_args(arguments)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    n, h, v = map(int, text.split(","))
+    return n, h, v
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    report = {
-        "machine": platform.processor() or platform.machine(),
-        "isa": native.module().isa() if not native.why_missing else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "shapes": {},
-    }
-    for shape in SHAPES:
-        medians, failed = compare(shape, options.rounds)
-        report["shapes"]["x".join(map(str, shape))] = {"seconds": medians, "failed": failed}
-        n, h, v, dtype = shape
-        print(f"N={n} H={h} V={v} {dtype}")
-        for name, t in medians.items():
-            base = medians.get("ours", medians["eager"])
-            rate = 2e-9 * n * h * v / t["forward"]
-            forward, both = t["forward"], t["both"]
-            print(
-                f"  {name:24s} forward {forward * 1e3:9.2f} ms ({forward / base['forward']:.2f}x, "
-                f"{rate:.0f} GFLOP/s)   both {both * 1e3:9.2f} ms ({both / base['both']:.2f}x)"
-            )
-        for name, why in failed.items():
-            print(f"  {name:24s} failed: {why}")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    options = parse()
+    env, end = (
+        race.environment(options.isa, options.threads),
+        time.monotonic() + options.limit_seconds,
+    )
+    report = race.start(options, env)
+    if options.resume and options.json and options.json.exists():
+        before = json.loads(options.json.read_text())
+        same = ("machine", "versions", "environment", "isa", "workspace_mb", "pause_ms")
+        if any(before[k] != report[k] for k in same):
+            raise SystemExit(f"{options.json} is of another machine, version or setting")
+        report["points"] = before["points"]
+        report["command"] = before["command"] + "; " + report["command"]
+    print(f"{report['machine']['cpu']}, {report['isa']}, {report['threads']} threads, {env}")
+    print(peak.table(report["peaks"]) if report["peaks"] else "no peak measured")
+    for name, why in report["missing"].items():
+        print(f"{name}: {why}")
+    variants = [v for v in options.variants if v not in report["missing"]]
+    wanted = points(options)
+    done = [{k: p[k] for k in wanted[0]} for p in report["points"]]
+    slow: dict[tuple[str, str], int] = {}
+    for point in (p for p in wanted if p not in done):
+        print(describe(point), flush=True)
+        if time.monotonic() > end:
+            print("  skipped: --limit-seconds are over")
+            continue
+        result = race.run_point(point, variants, slow, options, env)
+        if report["peaks"] and report["isa"]:
+            result["bounds"] = bounds(point, report)
+        show(result)
+        report["points"].append(result)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    wrong = [
+        p for p in report["points"] if "failed" in p or "failed" in p["variants"].get(OURS, {})
+    ]
+    for point in wrong:
+        print(f"FAILED: {describe(point)}")
+    return bool(wrong)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_linear_logprob(benchmark, name):
+    import accuracy
+    import point
+
+    if missing(name):
+        pytest.skip(missing(name))
+    *inputs, _ = point.draw(64, 128, 2003, "bfloat16")
+    function = VARIANTS[name]
+    _, wrong = point.checked(name, function, inputs, False, accuracy.truth(*inputs, False))
+    assert wrong is None, wrong
+    call = (function, *inputs, False)
+    benchmark.pedantic(point.both, args=call, rounds=20, warmup_rounds=2)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

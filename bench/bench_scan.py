@@ -8,11 +8,11 @@ Each token is 4 bytes of reward and of value read, of advantage and of return wr
 
 import argparse
 import json
-import platform
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 
+import measure
 import pytest
 import torch
 
@@ -88,12 +88,8 @@ def compare(shape, seconds):
     functions = variants(device())
     for name, function in functions.items():
         check(name, function, rewards, values)
-    times = {name: [] for name in functions}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["reference"]) < 5:
-        for name, function in functions.items():
-            times[name].append(once(function, rewards, values))
-    return {n: {"median": statistics.median(t), "best": min(t)} for n, t in times.items()}
+    calls = {name: partial(once, f, rewards, values) for name, f in functions.items()}
+    return measure.take_turns(calls, seconds, least=5)
 
 
 def main():
@@ -101,13 +97,7 @@ def main():
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each shape")
     options = parser.parse_args()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    report = {
-        "device": where or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "shapes": {},
-    }
+    report = {"machine": measure.machine(), "shapes": {}}
     for shape in SHAPES:
         times = compare(shape, options.seconds)
         report["shapes"]["x".join(map(str, shape))] = times

@@ -3,24 +3,34 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/attention.h"
 #include "cpu/decode.h"
 #include "cpu/isa.h"
+#include "cpu/logits.h"
 #include "cpu/logprob.h"
 #include "cpu/sample.h"
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
 #include "cuda/error.h"
+#include "cuda/logprob.h"
 #include "cuda/scan.h"
 #endif
 
 namespace py = pybind11;
+using fastrl::AttentionArgs;
+using fastrl::AttentionBackwardArgs;
+using fastrl::AttentionForwardArgs;
 using fastrl::DecodeArgs;
 using fastrl::DecodeLayer;
 using fastrl::DecodeLinear;
 using fastrl::DecodeModel;
 using fastrl::Float;
 using fastrl::GaeArgs;
+using fastrl::Heads;
 using fastrl::LinearArgs;
+using fastrl::LogitsArgs;
+using fastrl::LogitsBackwardArgs;
+using fastrl::LogitsForwardArgs;
 using fastrl::LogprobBackwardArgs;
 using fastrl::LogprobForwardArgs;
 using fastrl::ReturnsArgs;
@@ -73,6 +83,61 @@ void linear_logprob_fwd_cpu(const LogprobForwardArgs& args, int threads) {
 }
 void linear_logprob_bwd_cpu(const LogprobBackwardArgs& args, int threads) {
   FASTRL_DISPATCH(linear_logprob_bwd, args, threads)
+}
+
+void logits_logprob_fwd_cpu(const LogitsForwardArgs& args, int threads) {
+  FASTRL_DISPATCH(logits_logprob_fwd, args, threads)
+}
+void logits_logprob_bwd_cpu(const LogitsBackwardArgs& args, int threads) {
+  FASTRL_DISPATCH(logits_logprob_bwd, args, threads)
+}
+void shared_prefix_attention_fwd_cpu(const AttentionForwardArgs& args, int threads) {
+  FASTRL_DISPATCH(shared_prefix_attention_fwd, args, threads)
+}
+void shared_prefix_attention_bwd_cpu(const AttentionBackwardArgs& args, int threads){
+    FASTRL_DISPATCH(shared_prefix_attention_bwd, args, threads)}
+
+Heads heads(Address data, int64_t token_stride, int64_t head_stride) {
+  return {pointer<const void>(data), token_stride, head_stride};
+}
+
+AttentionArgs attention_args(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width,
+                             Address offsets, Address group_offsets, int64_t groups, Float type,
+                             const Heads& q, const Heads& k, const Heads& v, float scale,
+                             float softcap, int64_t window) {
+  return {tokens,
+          heads,
+          kv_heads,
+          width,
+          pointer<const int32_t>(offsets),
+          pointer<const int32_t>(group_offsets),
+          groups,
+          type,
+          q,
+          k,
+          v,
+          scale,
+          softcap,
+          window};
+}
+
+AttentionForwardArgs attention_fwd_args(const AttentionArgs& at, Address out, Address rest,
+                                        Address lse) {
+  return {at, pointer<void>(out), pointer<int8_t>(rest), pointer<float>(lse)};
+}
+
+AttentionBackwardArgs attention_bwd_args(const AttentionArgs& at, const Heads& out, Address rest,
+                                         Address lse, const Heads& grad_out, Address grad_lse,
+                                         Address grad_q, Address grad_k, Address grad_v) {
+  return {at,
+          out,
+          pointer<const int8_t>(rest),
+          pointer<const float>(lse),
+          grad_out,
+          pointer<const float>(grad_lse),
+          pointer<void>(grad_q),
+          pointer<void>(grad_k),
+          pointer<void>(grad_v)};
 }
 
 void linear_sample_cpu(const SampleArgs& args, int threads) {
@@ -194,6 +259,86 @@ LogprobBackwardArgs backward_args(const LinearArgs& linear, const Workspace& wor
           pointer<float>(grad_bias)};
 }
 
+LogitsArgs logits_args(int64_t rows, int64_t vocab, int64_t targets, Address logits, Float type,
+                       Address offset, Address inv_temperature, Address target) {
+  return {rows,
+          vocab,
+          targets,
+          pointer<const void>(logits),
+          type,
+          pointer<const int64_t>(offset),
+          pointer<const float>(inv_temperature),
+          pointer<const int64_t>(target)};
+}
+
+LogitsForwardArgs logits_forward_args(const LogitsArgs& logits, Address logprob, Address lse,
+                                      Address entropy) {
+  return {logits, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
+}
+
+LogitsBackwardArgs logits_backward_args(const LogitsArgs& logits, Address lse, Address entropy,
+                                        Address grad_logprob, Address grad_lse,
+                                        Address grad_entropy, Address grad) {
+  return {logits,
+          pointer<const float>(lse),
+          pointer<const float>(entropy),
+          pointer<const float>(grad_logprob),
+          pointer<const float>(grad_lse),
+          pointer<const float>(grad_entropy),
+          pointer<void>(grad)};
+}
+
+#ifdef FASTRL_HAS_CUDA
+fastrl::TileArgs tile_args(int64_t rows, int64_t columns, int64_t first, Address product,
+                           int64_t stride, Address bias, Address inv_temperature, Address target,
+                           float logit_scale, float softcap) {
+  return {rows,
+          columns,
+          first,
+          pointer<const float>(product),
+          stride,
+          pointer<const float>(bias),
+          pointer<const float>(inv_temperature),
+          pointer<const int64_t>(target),
+          logit_scale,
+          softcap};
+}
+
+fastrl::KeptArgs kept_args(Address exps, Float type, int64_t stride, Address highest,
+                           int64_t highest_stride, float scale) {
+  return {pointer<void>(exps), type, stride, pointer<float>(highest), highest_stride, scale};
+}
+
+fastrl::LogprobFoldArgs fold_args(const fastrl::TileArgs& logits, const fastrl::KeptArgs& kept,
+                                  Address highest, Address total, Address weighted,
+                                  Address at_target) {
+  return {logits,
+          kept,
+          pointer<float>(highest),
+          pointer<float>(total),
+          pointer<float>(weighted),
+          pointer<float>(at_target)};
+}
+
+fastrl::LogprobGradientArgs gradient_args(const fastrl::TileArgs& logits,
+                                          const fastrl::KeptArgs& kept, Address logprob,
+                                          Address lse, Address entropy, Address of_p,
+                                          Address of_spread, Address of_target, Address gradient,
+                                          Float type, int64_t stride) {
+  return {logits,
+          kept,
+          pointer<const float>(logprob),
+          pointer<const float>(lse),
+          pointer<const float>(entropy),
+          pointer<const float>(of_p),
+          pointer<const float>(of_spread),
+          pointer<const float>(of_target),
+          pointer<void>(gradient),
+          type,
+          stride};
+}
+#endif
+
 }  // namespace
 
 // Kernels run without the GIL. The last argument is a number of threads, or a stream on a GPU.
@@ -246,7 +391,17 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LogprobForwardArgs>(m, "linear_logprob_fwd_args").def(py::init(&forward_args));
   py::class_<LogprobBackwardArgs>(m, "linear_logprob_bwd_args").def(py::init(&backward_args));
   py::class_<SampleArgs>(m, "linear_sample_args").def(py::init(&sample_args));
+  py::class_<LogitsArgs>(m, "logits_args").def(py::init(&logits_args));
+  py::class_<LogitsForwardArgs>(m, "logits_logprob_fwd_args").def(py::init(&logits_forward_args));
+  py::class_<LogitsBackwardArgs>(m, "logits_logprob_bwd_args").def(py::init(&logits_backward_args));
 
+  py::class_<Heads>(m, "Heads").def(py::init(&heads));
+  py::class_<AttentionArgs>(m, "attention_args").def(py::init(&attention_args));
+  py::class_<AttentionForwardArgs>(m, "attention_fwd_args").def(py::init(&attention_fwd_args));
+  py::class_<AttentionBackwardArgs>(m, "attention_bwd_args").def(py::init(&attention_bwd_args));
+
+  m.def("shared_prefix_attention_fwd_cpu", &shared_prefix_attention_fwd_cpu, release());
+  m.def("shared_prefix_attention_bwd_cpu", &shared_prefix_attention_bwd_cpu, release());
   py::class_<DecodeLinear>(m, "decode_linear").def(py::init(&decode_linear));
   py::class_<DecodeLayer>(m, "decode_layer").def(py::init(&decode_layer));
   py::class_<DecodeModel>(m, "decode_model").def(py::init(&decode_model));
@@ -255,12 +410,31 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_cpu", &decode_cpu, release());
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
   m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());
+  m.def("logits_logprob_fwd_cpu", &logits_logprob_fwd_cpu, release());
+  m.def("logits_logprob_bwd_cpu", &logits_logprob_bwd_cpu, release());
   m.def("linear_sample_cpu", &linear_sample_cpu, release());
   m.def("gae_cpu", &gae_cpu, release());
   m.def("discounted_returns_cpu", &returns_cpu, release());
   m.def("vtrace_cpu", &vtrace_cpu, release());
 #ifdef FASTRL_HAS_CUDA
+  py::class_<fastrl::TileArgs>(m, "tile_args").def(py::init(&tile_args));
+  py::class_<fastrl::KeptArgs>(m, "kept_args").def(py::init(&kept_args));
+  py::class_<fastrl::LogprobFoldArgs>(m, "linear_logprob_fold_args").def(py::init(&fold_args));
+  py::class_<fastrl::LogprobGradientArgs>(m, "linear_logprob_gradient_args")
+      .def(py::init(&gradient_args));
   m.def("cuda_error", &fastrl::cuda::error_text);
+  m.def(
+      "linear_logprob_fold_cuda",
+      [](const fastrl::LogprobFoldArgs& a, Address s) {
+        return fastrl::cuda::linear_logprob_fold(a, pointer<void>(s));
+      },
+      release());
+  m.def(
+      "linear_logprob_gradient_cuda",
+      [](const fastrl::LogprobGradientArgs& a, Address s) {
+        return fastrl::cuda::linear_logprob_gradient(a, pointer<void>(s));
+      },
+      release());
   m.def(
       "gae_cuda",
       [](const GaeArgs& a, Address s) { return fastrl::cuda::gae(a, pointer<void>(s)); },

@@ -9,6 +9,7 @@
 - ``needs_gpu``: marks a test as one for a machine with a GPU, and skips it elsewhere.
 """
 
+import inspect
 import os
 import re
 import shutil
@@ -42,13 +43,24 @@ class Cost:
     shared: int  # bytes, static and dynamic
     ptx: str = ""
 
-    def check(self, *, registers: int = 255, shared: int = 227 * 1024, wgmma: bool = False) -> None:
-        """Asserts no spills, limits kept and, if asked, Hopper's matrix products in the PTX."""
-        assert self.local == 0, f"{self.kernel} spills {self.local} bytes"
+    def check(
+        self,
+        *,
+        registers: int = 255,
+        shared: int = 227 * 1024,
+        local: int = 0,
+        wgmma: bool = False,
+    ) -> None:
+        """Asserts limits kept and, if asked, Hopper's matrix products, not waiting for each other.
+
+        By default nothing may spill.
+        """
+        assert self.local <= local, f"{self.kernel} spills {self.local} bytes"
         assert self.registers <= registers, f"{self.kernel}: {self.registers} registers"
         assert self.shared <= shared, f"{self.kernel}: {self.shared} bytes of shared memory"
         if wgmma:
             assert "wgmma.mma_async" in self.ptx, f"{self.kernel} has no wgmma"
+            assert "serialized" not in _assembler_says(self.ptx), f"{self.kernel}: wgmma waits"
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -72,11 +84,14 @@ def compile_triton(
     capability: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    maxnreg: int | None = None,
+    aligned: tuple[str, ...] = (),
 ) -> Cost:
     """Compiles a ``@triton.jit`` kernel for ``capability`` (80, 90).
 
     ``signature`` gives Triton's type of each argument ("*fp32", "i64", ...) in order, ``constants``
-    the value of each tl.constexpr and of each pointer that is None.
+    the value of each tl.constexpr and of each pointer that is None; ``aligned`` names the pointers
+    and sizes that are multiples of 16, as Triton finds out at a launch.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -84,10 +99,16 @@ def compile_triton(
 
     types = {**signature, **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     compiled = triton.compile(
-        ASTSource(kernel, {n: types[n] for n in names}, constexprs=constants),
+        ASTSource(kernel, {n: types[n] for n in names}, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "maxnreg": maxnreg,
+            "enable_fp_fusion": True,
+        },
     )
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -103,6 +124,24 @@ def compile_triton(
         shared=max(usage["SHARED"], compiled.metadata.shared),
         ptx=compiled.asm["ptx"],
     )
+
+
+def _assembler_says(ptx: str) -> str:
+    """What ptxas reports of PTX for Hopper, such as products that wait for one another."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    takes_arch = bool(inspect.signature(get_ptxas).parameters)  # since Triton 3.6
+    ptxas = (get_ptxas(90) if takes_arch else get_ptxas()).path
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        done = subprocess.run(
+            [ptxas, "-arch=sm_90a", "-v", source, "-o", source.with_suffix(".cubin")],
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    return done.stderr + done.stdout
 
 
 def nvcc() -> str | None:
@@ -138,13 +177,17 @@ def _sum(pattern: str, text: str) -> int:
     return sum(int(n) for n in re.findall(pattern, text))
 
 
-def build_on_host(source: str, folder: Path) -> Path:
-    """tests/cuda_host/``source``, which includes a .cu, as a library with sanitizers."""
+def build_on_host(source: str, folder: Path, *, sanitize: bool = True) -> Path:
+    """tests/cuda_host/``source``, which includes a .cu, as a library, by default with sanitizers.
+
+    Without them a process that did not start under AddressSanitizer can load it too.
+    """
     library = folder / "libhost.so"
+    checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all") if sanitize else ()
     done = subprocess.run(
         [
             *("g++", "-std=c++17", "-O1", "-g", "-fPIC", "-shared"),
-            *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+            *checks,
             *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
             *("-I", TESTS / "cuda_host", TESTS / "cuda_host" / source, "-o", library),
         ],

@@ -175,15 +175,19 @@ def _fsdp_model(rank, tied, wrapped, reshard):
     want.sum().backward()
     expected = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
-    model = build()
-    models.verify_lm_head(model)
-    out = models.completion_logprobs(model, prompts, ids, mask)
-    torch.testing.assert_close(out.logprob, want, rtol=1e-5, atol=1e-5)
-    out.logprob.sum().backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(
-            p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5, msg=name
-        )
+    for function in (
+        lambda model: models.completion_logprobs(model, prompts, ids, mask),
+        lambda model: models.group_logprobs(model, (prompts, ids, mask)),
+    ):
+        model = build()
+        models.verify_lm_head(model)
+        out = function(model)
+        torch.testing.assert_close(out.logprob, want, rtol=1e-5, atol=1e-5)
+        out.logprob.sum().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(
+                p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5, msg=name
+            )
     return type(model.lm_head.weight).__name__
 
 

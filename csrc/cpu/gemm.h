@@ -64,20 +64,20 @@ struct Pairs {
   }
 
   using Kept = uint16_t;  // bf16
+  static inline __m256i to_bf16(Vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+  static inline Vec widen(__m256i halves) {
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  }
   static inline void keep(Vec x, uint16_t* to) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-    std::memcpy(to, &rounded, sizeof rounded);
+    const __m256i halves = to_bf16(x);
+    std::memcpy(to, &halves, sizeof halves);
   }
   static inline Vec kept(const uint16_t* from) {
     __m256i halves;
     std::memcpy(&halves, from, sizeof halves);
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+    return widen(halves);
   }
-  static inline Vec rounded(Vec x) {
-    uint16_t halves[kLanes];
-    keep(x, halves);
-    return kept(halves);
-  }
+  static inline Vec rounded(Vec x) { return widen(to_bf16(x)); }
   static inline Vec pairs(const uint16_t* even, const uint16_t* odd) {
     const auto bits = [](Vec x) { return _mm512_castps_si512((__m512)x); };
     return (Vec)_mm512_or_si512(bits(kept(odd)), _mm512_srli_epi32(bits(kept(even)), 16));
@@ -93,30 +93,44 @@ struct Rows {
   int64_t stride;
 };
 
-// R x V vectors of C from `steps` Elements of depth, stored if first, else added.
+// R x V vectors of C from `steps` Elements of depth, stored if first, else added. A function of its
+// own: inlined, it shares the registers with what surrounds it and spills its sums.
 template <class Kind, int R, int V>
-inline void multiply_tile(const Rows& a, int r0, int64_t k0, int64_t steps,
-                          const typename Kind::Element* panel, float* c, bool first) {
+__attribute__((noinline)) void multiply_tile(const Rows& a, int r0, int64_t k0, int64_t steps,
+                                             const typename Kind::Element* panel, float* c,
+                                             bool first) {
   using Element = typename Kind::Element;
   const char* rows[R];
   for (int r = 0; r < R; ++r) {
     rows[r] = a.data + a.row[r0 + r] + k0 * a.stride;
   }
-  Vec sum[R][V] = {};
+  Vec sum[R][V];  // in registers, as long as every loop over it is unrolled
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      sum[r][j] = splat(0.0f);
+    }
+  }
   const float* b = reinterpret_cast<const float*>(panel) + k0 * kPanel;
   for (int64_t k = 0; k < steps; ++k, b += kPanel) {
     Vec x[V];
+#pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       x[j] = load(b + j * kLanes);
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const auto* element = reinterpret_cast<const Element*>(rows[r] + k * a.stride);
+#pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         sum[r][j] = Kind::multiply_add(element, x[j], sum[r][j]);
       }
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       float* to = c + (r0 + r) * kPanel + j * kLanes;
       store(to, first ? sum[r][j] : load(to) + sum[r][j]);

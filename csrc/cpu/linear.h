@@ -11,8 +11,8 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kTokens = 2048;          // packed at a time, fewer for wide models:
-constexpr int64_t kTokenFloats = 2 << 20;  // their hidden states as floats
+constexpr int64_t kTokens = 2048;  // packed at a time, fewer where they take more than
+constexpr int64_t kTokenBytes = 8 << 20;
 
 inline Vec tanh(Vec x) {
   const Vec square = x * x;
@@ -120,9 +120,10 @@ class Tokens {
   Buffer<Element> packed_;
 };
 
-inline int64_t tokens_at_once(const LinearArgs& a) {
-  const int64_t fit = std::max<int64_t>(kTokenFloats / a.width / kPanel, 1) * kPanel;
-  return std::min({kTokens, fit, a.rows});
+template <class Kind>
+int64_t tokens_at_once(const LinearArgs& a) {
+  const int64_t bytes = round_up(a.width, Kind::kStep) * 4 / Kind::kStep;
+  return std::min({kTokens, std::max<int64_t>(kTokenBytes / bytes / kPanel, 1) * kPanel, a.rows});
 }
 
 // Pairs need both operands in bf16, and rows that end on a pair.

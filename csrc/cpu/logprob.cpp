@@ -22,12 +22,11 @@ namespace {
 template <class Kind>
 void forward(const LogprobForwardArgs& args, int threads) {
   const LinearArgs& a = args.linear;
-  const int64_t capacity = tokens_at_once(a);
+  const int64_t capacity = tokens_at_once<Kind>(a);
   const int64_t chunk = chunk_rows(a.vocab), chunks = ceil_div(a.vocab, chunk);
   const int64_t panels = ceil_div(capacity, kPanel);
   const Plan plan = make_plan<Kind>(a, args.workspace);
   auto* kept = static_cast<KeptBlock<Kind>*>(args.workspace.kept);
-  use_huge_pages(kept, plan.kept_blocks * plan.panels * sizeof(KeptBlock<Kind>));
   Tokens<Kind> tokens(a, capacity);
   Buffer<Running> running(chunks * panels);
   Buffer<float> at_target(panels * kPanel), inv_temperature(panels * kPanel);

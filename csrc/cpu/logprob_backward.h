@@ -37,7 +37,7 @@ template <class Kind>
 Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   constexpr int64_t kFloats = 3 << 19;
   Plan plan;
-  plan.capacity = tokens_at_once(a);
+  plan.capacity = tokens_at_once<Kind>(a);
   plan.padded = round_up(plan.capacity, kPanel);
   plan.columns = round_up(a.width, kPanel);
   const int64_t fit = std::min<int64_t>(std::max<int64_t>(kFloats / a.width, 1), 768);
@@ -97,9 +97,6 @@ class Backward {
                   : 0) {}
 
   void run() {
-    if (args_.grad_weight) {
-      use_huge_pages(args_.grad_weight, a_.vocab * a_.width * bytes(a_.weight_type));
-    }
     if (want_weight_) {
       walk_vocabulary(args_.grad_hidden && one_walk_);
     }
@@ -250,7 +247,7 @@ class Backward {
           have_rows = true;
         }
         tokens_.logits(rows, v0, n, p, z);
-        for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+        for (int64_t i = 0; a_.softcap > 0.0f && i < tokens_.in_panel(p); ++i) {
           const int64_t v = u.target[i] - v0;
           before[i] = v >= 0 && v < n ? z[v * kPanel + i] : 0.0f;
         }
@@ -341,10 +338,11 @@ class Backward {
       by_row += in_chunk * plan_.padded + p * kPanel;
       const uint16_t nothing[kLanes] = {};
       for (int64_t at = 0; at < tokens; at += kLanes) {
+        for (int r = 0; tokens - at < kLanes && r < n; ++r) {
+          std::fill(z + r * kPanel + tokens, z + r * kPanel + at + kLanes, 0.0f);
+        }
         for (int r = 0; r < n; ++r) {
-          float* from = z + r * kPanel + at;
-          std::fill(from + std::min<int64_t>(tokens - at, kLanes), from + kLanes, 0.0f);
-          Kind::keep(load(from), by_row + r * plan_.padded + at);
+          Kind::keep(load(z + r * kPanel + at), by_row + r * plan_.padded + at);
         }
         for (int r0 = 0; r0 < n; r0 += 2 * kLanes) {
           const int rows = std::min(n - r0, 2 * kLanes);
@@ -354,10 +352,13 @@ class Backward {
             pairs[r / 2] = Kind::pairs(even, r + 1 < rows ? even + plan_.padded : nothing);
           }
           transpose(pairs);
-          for (int i = 0; i < kLanes; ++i) {
-            const int64_t token = p * kPanel + at + i;
-            std::memcpy(by_token_.get() + (token * plan_.chunk + in_chunk + r0) / 2, &pairs[i],
-                        (rows + 1) / 2 * sizeof(Element));
+          Element* to = by_token_.get() + ((p * kPanel + at) * plan_.chunk + in_chunk + r0) / 2;
+          for (int i = 0; i < kLanes; ++i, to += plan_.chunk / 2) {
+            if (kBlock - r0 >= 2 * kLanes) {
+              store(reinterpret_cast<float*>(to), pairs[i]);
+            } else {  // the next block's are behind
+              std::memcpy(to, &pairs[i], kBlock % (2 * kLanes) / 2 * sizeof(Element));
+            }
           }
         }
       }

@@ -3,9 +3,6 @@
 
 #include <cstdlib>
 #include <new>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "convert.h"
 #include "gemm.h"
@@ -17,21 +14,6 @@ namespace {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Asks for huge pages in memory that is about to be written for the first time: a fault for each
-// 4 KiB of it takes several times as long as the writing.
-inline void use_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kHuge = 2 << 20;
-  const auto address = reinterpret_cast<int64_t>(memory);
-  const int64_t begin = round_up(address, kHuge), end = (address + bytes) / kHuge * kHuge;
-  if (begin < end) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish
-  }
-#else
-  (void)memory, (void)bytes;
-#endif
-}
 
 // Memory that nobody has written, on a cache line.
 template <class T>
@@ -46,12 +28,10 @@ class Buffer {
 
  private:
   static T* allocate(int64_t n) {
-    const int64_t size = round_up(std::max<int64_t>(n, 1) * sizeof(T), 64);
-    void* memory = std::aligned_alloc(64, size);
+    void* memory = std::aligned_alloc(64, round_up(std::max<int64_t>(n, 1) * sizeof(T), 64));
     if (memory == nullptr) {
       throw std::bad_alloc();
     }
-    use_huge_pages(memory, size);
     return static_cast<T*>(memory);
   }
   T* data_;

@@ -9,38 +9,81 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fastrl {
 namespace {
 
+// The tasks of one call: threads take the next as they become free.
+class Tasks {
+ public:
+  Tasks(int64_t count, const std::function<void(int64_t)>& task) : count_(count), task_(task) {}
+
+  void take() {
+    try {
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+        task_(i);
+      }
+    } catch (...) {
+      next_.store(count_, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) {
+        error_ = std::current_exception();
+      }
+    }
+  }
+
+  // When nobody takes any more.
+  void rethrow() const {
+    if (error_) {
+      std::rethrow_exception(error_);
+    }
+  }
+
+ private:
+  const int64_t count_;
+  const std::function<void(int64_t)>& task_;
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
+// Some tens of microseconds, about what a sleeping thread takes to wake: calls that follow one
+// another find the workers awake.
+template <class Condition>
+bool spin_until(Condition condition) {
+  for (int i = 0; i < 2000; ++i) {
+    if (condition()) {
+      return true;
+    }
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+  return false;
+}
+
 class Pool {
  public:
-  bool try_run(int64_t tasks, int threads, const std::function<void(int64_t)>& task) {
-    if (busy_.exchange(true, std::memory_order_acquire)) {
-      return false;
-    }
+  void run(Tasks& tasks, int threads) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      open_seats_ = static_cast<int>(std::min<int64_t>(threads, tasks)) - 1;
+      open_seats_ = threads - 1;
       hire(open_seats_);
-      task_ = &task;
-      tasks_ = tasks;
-      next_.store(0, std::memory_order_relaxed);
-      error_ = nullptr;
-      ++round_;
+      tasks_ = &tasks;
+      round_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    take_tasks();
-    std::unique_lock<std::mutex> lock(mutex_);
-    open_seats_ = 0;  // who has not woken up by now is not waited for
-    done_.wait(lock, [this] { return running_ == 0; });
-    std::exception_ptr error = std::move(error_);
-    lock.unlock();
-    busy_.store(false, std::memory_order_release);
-    if (error) {
-      std::rethrow_exception(error);
+    tasks.take();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      open_seats_ = 0;  // who has not woken up by now is not waited for
     }
-    return true;
+    spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_.load(std::memory_order_relaxed) == 0; });
   }
 
  private:
@@ -56,71 +99,66 @@ class Pool {
 
   void work() {
     uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return round_ != seen; });
-      seen = round_;
+      spin_until([&] { return round_.load(std::memory_order_acquire) != seen; });
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return round_.load(std::memory_order_relaxed) != seen; });
+      seen = round_.load(std::memory_order_relaxed);
       if (open_seats_ == 0) {
         continue;
       }
       --open_seats_;
-      ++running_;
+      running_.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
-      take_tasks();
+      tasks_->take();
       lock.lock();
-      if (--running_ == 0) {
+      if (running_.fetch_sub(1, std::memory_order_release) == 1) {
         done_.notify_one();
       }
     }
   }
 
-  void take_tasks() {
-    try {
-      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) {
-        (*task_)(i);
-      }
-    } catch (...) {
-      next_.store(tasks_, std::memory_order_relaxed);
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!error_) {
-        error_ = std::current_exception();
-      }
-    }
-  }
-
-  std::atomic<bool> busy_{false};
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   int workers_ = 0;
-  uint64_t round_ = 0;
-  const std::function<void(int64_t)>* task_ = nullptr;
-  int64_t tasks_ = 0;
-  std::atomic<int64_t> next_{0};
-  int open_seats_ = 0, running_ = 0;
-  std::exception_ptr error_;
+  std::atomic<uint64_t> round_{0};
+  Tasks* tasks_ = nullptr;
+  int open_seats_ = 0;
+  std::atomic<int> running_{0};
 };
 
-// Never destroyed: workers wait inside it until the process ends. A forked child has none of its
-// parent's threads, so it starts over with a new one.
-Pool* pool = nullptr;
+std::atomic<bool> busy{false};
+Pool* pool = nullptr;  // never destroyed: workers wait inside it until the process ends
 
-Pool& the_pool() {
+// A forked child has none of its parent's threads.
+void start_over() {
+  pool = new Pool;
+  busy = false;
+}
+
+void start() {
   static const bool once = [] {
-    pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    start_over();
+    pthread_atfork(nullptr, nullptr, start_over);
     return true;
   }();
   static_cast<void>(once);
-  return *pool;
 }
 
 }  // namespace
 
-void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& task) {
-  if (tasks > 1 && threads > 1 && the_pool().try_run(tasks, threads, task)) {
-    return;
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  if (threads > 1) {
+    start();
+    if (!busy.exchange(true, std::memory_order_acquire)) {
+      Tasks tasks(count, task);
+      pool->run(tasks, threads);
+      busy.store(false, std::memory_order_release);
+      return tasks.rethrow();
+    }
   }
-  for (int64_t i = 0; i < tasks; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     task(i);
   }
 }

@@ -1,5 +1,7 @@
-// Threads for the CPU kernels. Not OpenMP: torch brings a libgomp of its own, two OpenMP runtimes
-// in one process fight for the cores, and GNU's hangs in a forked DataLoader worker.
+// Threads for the CPU kernels. Not OpenMP: GNU's hangs in a forked DataLoader worker, and a team of
+// it waits at every region's end for each of its threads, so that on a machine with other work a
+// backward of many regions took up to three times as long. Here whoever has not woken up in time is
+// not waited for.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +9,11 @@
 
 namespace fastrl {
 
-// Runs task(i) for every i in [0, tasks), on the caller and at most threads - 1 workers, and
+// Runs task(i) for every i in [0, count), on the caller and at most threads - 1 workers, and
 // returns when all are done. Threads take the next task as they become free, so a task must not
 // depend on who runs it; then results are the same for any number of threads. Calls from inside a
 // task and calls that find the pool busy run on the caller alone. The first exception is thrown
 // again here.
-void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& task);
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
 }  // namespace fastrl

@@ -30,7 +30,7 @@ struct KeptBlock {
 
 // The highest of n logits, times the scale; not -inf, which would make -inf less it NaN.
 inline Vec highest_of(const float* z, int n, Vec scale) {
-  Vec highest = splat(-FLT_MAX);
+  Vec highest = splat(-kInfinity);
   for (int r = 0; r < n; ++r) {
     highest = at_least(load(z + r * kPanel), highest);
   }

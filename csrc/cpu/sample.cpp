@@ -64,7 +64,7 @@ class Sampler {
 
  private:
   int64_t at_once() const {
-    const int64_t all = tokens_at_once(a_);
+    const int64_t all = tokens_at_once<Kind>(a_);
     const int64_t fit = kKeptBytes / 4 / stride_ / kPanel * kPanel;
     return truncated_ ? std::min<int64_t>(all, std::max<int64_t>(fit, kPanel)) : all;
   }
@@ -247,7 +247,7 @@ class Sampler {
 }  // namespace
 
 void linear_sample(const SampleArgs& args, int threads) {
-#if defined(__AVX512BF16__)
+#ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
     return Sampler<Pairs>(args, threads).run();
   }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -30,6 +31,8 @@ constexpr int kLanes = kNativeLanes < FASTRL_MAX_LANES ? kNativeLanes : FASTRL_M
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline Vec splat(float x) { return Vec{} + x; }
 

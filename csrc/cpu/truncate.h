@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "noise.h"
@@ -14,8 +13,6 @@
 namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Draw {
   int64_t token;

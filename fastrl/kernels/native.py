@@ -75,17 +75,24 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     return None
 
 
-def choose(op: str, impl: str, device: torch.device, has: tuple[str, ...]) -> str:
+def choose(
+    op: str,
+    impl: str,
+    device: torch.device,
+    has: tuple[str, ...],
+    prefer: tuple[str, ...] = (),
+) -> str:
     """The implementation that ``op`` runs: ``impl`` itself, or for "auto" the fastest there is.
 
-    ``has`` names the implementations this op has besides the reference. Raises ValueError for an
+    ``has`` names the implementations this op has besides the reference; ``prefer`` those to try
+    before the usual ones of the device. Raises ValueError for an
     ``impl`` that is unknown or, with the reason, cannot run here. "auto" warns once where it falls
     back to the reference although the op has something faster for that device.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl={impl!r} is unknown; use one of {', '.join(IMPLS)}")
     if impl == "auto":
-        fast = [i for i in FAST.get(device.type, ()) if i in has]
+        fast = [i for i in (*prefer, *FAST.get(device.type, ())) if i in has]
         for candidate in fast:
             if unavailable(candidate, device) is None:
                 return candidate

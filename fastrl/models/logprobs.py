@@ -1,14 +1,153 @@
 """Per-token log-probs of completions under a model."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastrl.kernels import LogProbs, linear_logprob
-from fastrl.models.head import as_forward, backbone, lm_head
+from fastrl.kernels import GroupLayout, LogProbs, linear_logprob
+from fastrl.models.attention import INSTEAD, check_shared_prefix, shared_attention
+from fastrl.models.head import as_forward, backbone, lm_head, unwrap
 
 IGNORED = -100
+
+
+class Completions(Protocol):
+    """B prompts and completions, as `fastrl.rollout.Rollouts` and a trainer's batch hold them."""
+
+    @property
+    def prompt_ids(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def completion_ids(self) -> Tensor: ...
+    @property
+    def completion_mask(self) -> Tensor: ...
+
+
+def group_rows(prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows of each group: neighbours with equal prompts."""
+    rows = range(len(prompt_ids))
+    return [list(group) for _, group in groupby(rows, key=lambda row: prompt_ids[row])]
+
+
+class Packed(NamedTuple):
+    """Groups packed as `prompt | c_1 | ... | c_G`, and where the predictions of tokens are.
+
+    A completion's last token is predicted, never read, so its segment ends one token earlier.
+    """
+
+    input_ids: Tensor  # [1, T]
+    layout: GroupLayout
+    before_first: Tensor  # [rows with a completion] the token that predicts a row's first one
+    before_rest: Tensor  # the tokens that predict the others, in the order of the rows
+
+
+def pack_groups(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Tensor, completion_mask: Tensor
+) -> Packed:
+    """Completions packed behind the prompt that neighbouring rows share.
+
+    Raises `ValueError` for an empty prompt, a number of prompts other than B and a mask that is not
+    `[B, T]` bool, right-padded.
+    """
+    rows, device = len(prompt_ids), completion_ids.device
+    if completion_ids.dim() != 2 or len(completion_ids) != rows:
+        raise ValueError(
+            f"completion_ids must be [B={rows}, T] for {rows} prompts, "
+            f"got shape {tuple(completion_ids.shape)}"
+        )
+    if completion_mask.dtype != torch.bool or completion_mask.shape != completion_ids.shape:
+        raise ValueError(
+            f"completion_mask must be bool of completion_ids' shape {tuple(completion_ids.shape)}, "
+            f"got {completion_mask.dtype} of shape {tuple(completion_mask.shape)}"
+        )
+    if (completion_mask[:, 1:] & ~completion_mask[:, :-1]).any():
+        raise ValueError("completion_mask must be right-padded: true up to a row's length")
+    if not all(map(len, prompt_ids)):
+        raise ValueError(
+            "prompt_ids holds an empty prompt; a completion needs at least one token before it"
+        )
+    groups = group_rows(prompt_ids)
+    lengths = completion_mask.sum(-1).tolist()
+    layout = GroupLayout.from_lengths(
+        [len(prompt_ids[g[0]]) for g in groups],
+        [[max(lengths[row] - 1, 0) for row in g] for g in groups],
+        device,
+    )
+    read = completion_ids.split(1)
+    ids = torch.cat(
+        [
+            piece
+            for g in groups
+            for piece in (
+                torch.tensor(prompt_ids[g[0]], dtype=torch.int64, device=device),
+                *(read[row][0, : max(lengths[row] - 1, 0)] for row in g),
+            )
+        ]
+        or [completion_ids.new_zeros(0)]
+    )
+    group_of_row = torch.tensor([n for n, g in enumerate(groups) for _ in g], device=device)
+    ends = layout.offsets[layout.groups[:-1] + 1].long() - 1  # the prompts' last tokens
+    segment, prompt = layout.segment_of_token(len(ids))
+    return Packed(
+        ids.unsqueeze(0),
+        layout,
+        ends[group_of_row[completion_mask[:, :1].any(-1)]],
+        torch.nonzero(segment != prompt).squeeze(-1),
+    )
+
+
+@as_forward
+def group_logprobs(
+    model: nn.Module,
+    rollouts: Completions | tuple[Sequence[Sequence[int]], Tensor, Tensor],
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> LogProbs:
+    """`completion_logprobs` with the prompt of each group computed once, and no padding.
+
+    rollouts is a `fastrl.rollout.Rollouts`, or a tuple of what `completion_logprobs` takes: B
+    prompts, completion_ids and completion_mask `[B, T]`, right-padded. Neighbouring rows with equal
+    prompts are a group; all groups run as one packed row of `sum(P + sum_g (C_g - 1))` tokens
+    through `attn_implementation="fastrl"`, whatever the model was loaded with; the model is left as
+    it was. Only completion tokens reach the lm-head. Returns `LogProbs` of `[B, T]` float32 in
+    nats, 0 where the mask is false; as in `completion_logprobs`, to rounding, and so are the
+    gradients. Raises `ValueError` for a model that does not attend through transformers' attention
+    interface, or has attention dropout while training, and for an empty prompt.
+    """
+    prompt_ids, ids, mask = (
+        rollouts
+        if isinstance(rollouts, tuple)
+        else (rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask)
+    )
+    packed = pack_groups(prompt_ids, ids, mask)
+    with shared_attention(model):
+        hidden = backbone(model)(
+            input_ids=packed.input_ids,
+            position_ids=packed.layout.positions(packed.input_ids.shape[1]).unsqueeze(0),
+            group_layout=packed.layout,
+            use_cache=False,
+        ).last_hidden_state[0]
+    # A prompt's last state predicts the first token of all its completions: their gradients are
+    # summed before they are rounded to the dtype of the states.
+    shared, owner = packed.before_first.unique_consecutive(return_inverse=True)
+    wide = hidden[shared].to(torch.promote_types(hidden.dtype, torch.float32))
+    states = torch.cat([wide[owner].to(hidden.dtype), hidden[packed.before_rest]])
+    first, rest = torch.nonzero(mask[:, :1]), torch.nonzero(mask[:, 1:])
+    rest[:, 1] += 1
+    at = torch.cat([first, rest]).unbind(1)
+    head = lm_head(model)
+    out = linear_logprob(
+        states,
+        head.weight,
+        ids[at],
+        temperature=temperature,
+        entropy=entropy,
+        **head.arguments(),
+    )
+    return LogProbs(*(None if x is None else x.new_zeros(ids.shape).index_put(at, x) for x in out))
 
 
 @as_forward
@@ -54,3 +193,33 @@ def completion_logprobs(
         entropy=entropy,
         **head.arguments(),
     )
+
+
+@torch.no_grad()
+def verify_shared_prefix(model: nn.Module) -> None:
+    """Compare `group_logprobs` with `completion_logprobs` on two small groups.
+
+    Raises `ValueError` where they differ: the model lets a token see more than its prompt and its
+    own completion in a way that its class and config do not show; and as `group_logprobs` does.
+    """
+    check_shared_prefix(model)  # in its own mode: dropout of attention is off below
+    rows = lm_head(model).weight.shape[0]
+    device = next(model.parameters()).device
+    prompts = [[i % rows for i in p] for p in ([1, 2, 3], [1, 2, 3], [4, 5], [4, 5])]
+    ids = torch.arange(6, 18, device=device).view(4, 3) % rows
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 1:] = False
+    was_training = model.training
+    model.eval()
+    try:
+        want = completion_logprobs(model, prompts, ids, mask).logprob
+        got = group_logprobs(model, (prompts, ids, mask)).logprob
+    finally:
+        model.train(was_training)
+    tolerance = 1e-3 if lm_head(model).weight.dtype in (torch.float32, torch.float64) else 5e-2
+    scale = want.abs().max().clamp(min=1.0)
+    if not torch.allclose(got / scale, want / scale, atol=tolerance):
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} computes other log-probs when the prompt is shared "
+            f"(largest difference {(got - want).abs().max().item():.3g}); {INSTEAD}"
+        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastrl import losses
-from fastrl.models import completion_logprobs
+from fastrl.models import completion_logprobs, group_logprobs, group_rows
 from fastrl.reward import RewardFunction, score_completions
 from fastrl.rollout import RolloutEngine, Rollouts, SamplingParams
 from fastrl.train.config import GRPO, SFT, Reward
@@ -43,18 +43,38 @@ class Batch:
         }
         return replace(self, prompt_ids=[self.prompt_ids[i] for i in rows.tolist()], **tensors)
 
-    def micro_batches(self, size: int) -> Iterator["Batch"]:
-        """Pieces of at most `size` rows of similar length.
+    def micro_batches(self, size: int, *, shared_prefix: bool = False) -> Iterator["Batch"]:
+        """Pieces of at most `size` rows. Their weights stay those of the whole batch."""
+        return map(self.select, self.pieces(size, shared_prefix=shared_prefix))
 
-        Their weights stay those of the whole batch.
+    def pieces(self, size: int, *, shared_prefix: bool) -> list[Tensor]:
+        """The rows of each micro-batch: of similar length or, with shared_prefix, whole groups.
+
+        A group is split only where it has more than `size` rows.
         """
+        device = self.completion_mask.device
+        if shared_prefix:
+            parts: list[list[int]] = []
+            for group in group_rows(self.prompt_ids):
+                for i in range(0, len(group), size):
+                    some = group[i : i + size]
+                    if parts and len(parts[-1]) + len(some) <= size:
+                        parts[-1] += some
+                    else:
+                        parts.append(some)
+            return [torch.tensor(part, device=device) for part in parts]
         lengths = self.completion_mask.sum(-1) + torch.tensor(
-            [len(p) for p in self.prompt_ids], device=self.completion_mask.device, dtype=torch.int64
+            [len(p) for p in self.prompt_ids], device=device, dtype=torch.int64
         )
         order = torch.argsort(lengths, stable=True)
-        for piece in order.split(size):
-            if len(piece):
-                yield self.select(piece)
+        return [piece for piece in order.split(size) if len(piece)]
+
+    def logprobs(self, model: nn.Module, temperature: float, *, shared_prefix: bool) -> Tensor:
+        """Log-probs `[B, T]` of the completions; with shared_prefix from prompts computed once."""
+        completions = (self.prompt_ids, self.completion_ids, self.completion_mask)
+        if shared_prefix:
+            return group_logprobs(model, completions, temperature=temperature).logprob
+        return completion_logprobs(model, *completions, temperature=temperature).logprob
 
 
 @dataclass(frozen=True)
@@ -138,6 +158,7 @@ def grpo_batch(
     rewards: RewardSum,
     tokenizer: PreTrainedTokenizerBase,
     reference: nn.Module | None,
+    shared_prefix: bool,
 ) -> tuple[Batch, Scored, dict[str, float]]:
     """Rollouts of one step with rewards and advantages, and the metrics of sampling."""
     chosen = [examples[i] for i in batch_indices(len(examples), stage.prompts_per_step, step, seed)]
@@ -166,9 +187,11 @@ def grpo_batch(
         sampler_logprobs=rollouts.untruncated_logprobs,
     )
     if stage.updates_per_batch > 1:
-        batch = replace(batch, old_logprobs=_frozen_logprobs(engine.model, batch, stage))
+        old = _frozen_logprobs(engine.model, batch, stage, shared_prefix)
+        batch = replace(batch, old_logprobs=old)
     if reference is not None:
-        batch = replace(batch, ref_logprobs=_frozen_logprobs(reference, batch, stage))
+        ref = _frozen_logprobs(reference, batch, stage, shared_prefix)
+        batch = replace(batch, ref_logprobs=ref)
     groups = total.view(-1, stage.group_size)
     lengths = mask.sum(-1).float()
     metrics = {
@@ -184,22 +207,13 @@ def grpo_batch(
 
 
 @torch.no_grad()
-def _frozen_logprobs(model: nn.Module, batch: Batch, stage: GRPO) -> Tensor:
+def _frozen_logprobs(model: nn.Module, batch: Batch, stage: GRPO, shared_prefix: bool) -> Tensor:
     was_training = model.training
     model.eval()
-    rows = torch.arange(len(batch.prompt_ids), device=batch.completion_ids.device).split(
-        stage.micro_batch_size
-    )
     out = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
-    for piece in rows:
+    for piece in batch.pieces(stage.micro_batch_size, shared_prefix=shared_prefix):
         part = batch.select(piece)
-        logprobs = completion_logprobs(
-            model,
-            part.prompt_ids,
-            part.completion_ids,
-            part.completion_mask,
-            temperature=stage.temperature,
-        ).logprob
+        logprobs = part.logprobs(model, stage.temperature, shared_prefix=shared_prefix)
         out[piece, : logprobs.shape[1]] = logprobs
     model.train(was_training)
     return out

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -57,6 +58,13 @@ class Lora(Section):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
+# YAML reads a bare on and off as true and false.
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v),
+]
+
+
 class Model(Section):
     """Either an existing checkpoint (`path`) or a small model built here (`architecture`)."""
 
@@ -70,6 +78,11 @@ class Model(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     lora: Lora | None = None
     gradient_checkpointing: bool = False
+    shared_prefix: Switch = Field(
+        "auto",
+        description="compute each prompt once for its group of completions: on, off, or where the "
+        "device has a kernel for it and the model can (auto)",
+    )
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -155,7 +168,12 @@ class Stage(Section):
 
     steps: int = Field(ge=1)
     optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
-    micro_batch_size: int = Field(64, ge=1, description="rows per forward and backward pass")
+    micro_batch_size: int = Field(
+        64,
+        ge=1,
+        description="completions per forward and backward pass; with model.shared_prefix a group "
+        "is split only where it is larger",
+    )
     eval_every: int = Field(50, ge=1)
 
 

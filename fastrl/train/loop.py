@@ -123,6 +123,7 @@ def _step(
     torch.manual_seed(stream_seed(seed, str(index)))
     scored: Scored | None = None
     metrics: dict[str, float] = {}
+    shared = setup.shared_prefix and isinstance(stage, GRPO)
     if isinstance(stage, SFT):
         batch = sft_batch(
             setup.train, stage, index, seed, config.max_completion_length, setup.device
@@ -139,13 +140,16 @@ def _step(
             setup.rewards,
             setup.tokenizer,
             reference,
+            shared,
         )
         updates = stage.updates_per_batch
     sampled = time.perf_counter()
     finite = True
     for _ in range(updates):
-        loss = sft_step_loss if isinstance(stage, SFT) else grpo_step_loss(stage)
-        metrics |= accumulate(setup.model, batch, loss, stage.micro_batch_size, optimizer)
+        loss = sft_step_loss if isinstance(stage, SFT) else grpo_step_loss(stage, shared)
+        metrics |= accumulate(
+            setup.model, batch, loss, stage.micro_batch_size, optimizer, shared_prefix=shared
+        )
         metrics["grad_norm"] = optimizer.clip()
         finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
         if not finite:
@@ -226,18 +230,12 @@ def sft_step_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Ten
     return losses.sft_loss(out.logprob, batch.completion_mask, batch.weights)
 
 
-def grpo_step_loss(stage: GRPO) -> Loss:
+def grpo_step_loss(stage: GRPO, shared_prefix: bool) -> Loss:
     """Loss and metrics of rollouts, with the mismatch between sampler and trainer."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.advantages is not None and batch.sampler_logprobs is not None
-        logprobs = completion_logprobs(
-            model,
-            batch.prompt_ids,
-            batch.completion_ids,
-            batch.completion_mask,
-            temperature=stage.temperature,
-        ).logprob
+        logprobs = batch.logprobs(model, stage.temperature, shared_prefix=shared_prefix)
         old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         value, metrics = losses.policy_loss(
             logprobs,
@@ -262,7 +260,13 @@ def grpo_step_loss(stage: GRPO) -> Loss:
 
 
 def accumulate(
-    model: nn.Module, batch: Batch, loss: Loss, micro_batch_size: int, optimizer: Optimizer
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    micro_batch_size: int,
+    optimizer: Optimizer,
+    *,
+    shared_prefix: bool = False,
 ) -> dict[str, float]:
     """Gradients of one optimizer step, a micro-batch at a time.
 
@@ -277,9 +281,8 @@ def accumulate(
         contributes &= batch.advantages != 0
     metrics: dict[str, float] = {}
     total, tokens = 0.0, float(batch.completion_mask[contributes].sum())
-    for part in batch.select(torch.nonzero(contributes).squeeze(-1)).micro_batches(
-        micro_batch_size
-    ):
+    kept = batch.select(torch.nonzero(contributes).squeeze(-1))
+    for part in kept.micro_batches(micro_batch_size, shared_prefix=shared_prefix):
         value, figures = loss(model, part)
         value.backward()
         optimizer.collect()

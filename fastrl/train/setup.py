@@ -1,5 +1,6 @@
 """Everything that a recipe names, loaded and checked before any work is done."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastrl import models
+from fastrl.kernels import IMPLEMENTATIONS, native
 from fastrl.reward import load_reward_function
 from fastrl.reward.reasoning_gym import verifier
 from fastrl.rollout import RolloutEngine
 from fastrl.train import data
 from fastrl.train.batches import RewardSum
-from fastrl.train.config import Config, ConfigError
+from fastrl.train.config import GRPO, Config, ConfigError
 from fastrl.train.tracking import check_trackers
 
 
@@ -29,6 +31,7 @@ class Setup:
     rewards: RewardSum
     engine: RolloutEngine
     device: torch.device
+    shared_prefix: bool  # whether the log-probs of groups compute each prompt once
 
 
 def prepare(config: Config) -> Setup:
@@ -47,7 +50,8 @@ def prepare(config: Config) -> Setup:
     for examples, source in ((train, "training data"), (held_out, "held-out data")):
         data.check_context(examples, config.max_completion_length, context, source)
     engine = RolloutEngine(model, tokenizer, max_rows=config.rollout_rows)
-    return Setup(config, model, tokenizer, train, held_out, rewards, engine, device)
+    shared = _shared_prefix(config, model, device)
+    return Setup(config, model, tokenizer, train, held_out, rewards, engine, device, shared)
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -86,6 +90,23 @@ def _model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Modul
         model.gradient_checkpointing_enable({"use_reentrant": False})
     models.verify_lm_head(model)
     return model.train(), device
+
+
+def _shared_prefix(config: Config, model: nn.Module, device: torch.device) -> bool:
+    wanted = config.model.shared_prefix
+    if wanted == "off" or not any(isinstance(s, GRPO) for s in config.stages.values()):
+        return False
+    fast = set(native.FAST.get(device.type, ())) & set(IMPLEMENTATIONS["shared_prefix_attention"])
+    if wanted == "auto" and all(native.unavailable(impl, device) for impl in fast):
+        return False  # the reference holds all pairs of tokens
+    try:
+        models.verify_shared_prefix(model)
+    except ValueError as error:
+        if wanted == "on":
+            raise ConfigError(f"model.shared_prefix=on cannot be: {error}") from None
+        warnings.warn(f"prompts are repeated for each completion: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _rewards(config: Config) -> RewardSum:

@@ -1,4 +1,4 @@
-"""The ops of the lm-head on a CPU: what csrc/cpu/logprob.cpp and sample.cpp are called with."""
+"""The ops on a CPU: what csrc/cpu/logprob.cpp, sample.cpp and logits.cpp are called with."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.logprob.draws import Draws
-from fastrl.kernels.logprob.library import FLOATS, Problem, Upstream
+from fastrl.kernels.logprob.given import Given, Returning
+from fastrl.kernels.logprob.library import Problem, Upstream
 from fastrl.kernels.native import module, pointer, threads
+
+
+def _kind(tensor: Tensor):
+    """The same as `fastrl._C.Float`."""
+    return getattr(module().Float, str(tensor.dtype).removeprefix("torch."))
 
 
 class _Rows(NamedTuple):
@@ -25,17 +31,15 @@ class _Rows(NamedTuple):
 
     def arguments(self):
         """The same as `fastrl._C.linear_args`."""
-        c = module()
-        kind = {t: getattr(c.Float, str(t).removeprefix("torch.")) for t in FLOATS}
-        return c.linear_args(
+        return module().linear_args(
             self.count,
             self.hidden.shape[1],
             self.weight.shape[0],
             pointer(self.index),
             pointer(self.hidden),
-            kind[self.hidden.dtype],
+            _kind(self.hidden),
             pointer(self.weight),
-            kind[self.weight.dtype],
+            _kind(self.weight),
             self.weight.stride(0),
             pointer(self.bias),
             pointer(self.inv_temperature),
@@ -45,19 +49,19 @@ class _Rows(NamedTuple):
         )
 
 
+def _check_range(target: Tensor, vocab: int, otherwise: str = "") -> None:
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < vocab:
+        raise ValueError(
+            f"target must lie in [0, V={vocab}){otherwise}, "
+            f"got values from {int(target.min())} to {int(target.max())}"
+        )
+
+
 def _rows(p: Problem) -> _Rows:
     target = p.target.reshape(-1).contiguous()
     index = torch.nonzero(target != p.ignore_index).squeeze(-1)
     valid = target if len(index) == len(target) else target[index]
-    if len(index) and not 0 <= int(valid.min()) <= int(valid.max()) < p.weight.shape[0]:
-        raise ValueError(
-            f"target must lie in [0, V={p.weight.shape[0]}) or be ignore_index={p.ignore_index}, "
-            f"got values from {int(valid.min())} to {int(valid.max())}"
-        )
-    if p.temperatures is None:
-        inverse = torch.full((len(target),), 1 / p.temperature)
-    else:
-        inverse = 1 / p.temperatures.reshape(-1).float()
+    _check_range(valid, p.weight.shape[0], f" or be ignore_index={p.ignore_index}")
     return _Rows(
         len(index),
         None if len(index) == len(target) else index,
@@ -65,10 +69,16 @@ def _rows(p: Problem) -> _Rows:
         _readable(p.weight),
         target,
         _readable_bias(p.bias),
-        inverse,
+        _inverse(p, len(target)),
         p.softcap,
         p.logit_scale,
     )
+
+
+def _inverse(p: Problem | Given, rows: int) -> Tensor:
+    if p.temperatures is None:
+        return torch.full((rows,), 1 / p.temperature)
+    return 1 / p.temperatures.reshape(-1).float()
 
 
 def _readable(weight: Tensor) -> Tensor:
@@ -151,3 +161,55 @@ def sample(d: Draws) -> tuple[Tensor, ...]:
         )
         c.linear_sample_cpu(args, threads())
     return token, logprob, untruncated
+
+
+class _Held(NamedTuple):
+    """Logits as the kernels read them; it keeps their tensors alive."""
+
+    logits: Tensor
+    offset: Tensor  # of each row from the first
+    inv_temperature: Tensor
+    target: Tensor  # [N, K]
+
+    def arguments(self):
+        """The same as `fastrl._C.logits_args`."""
+        rows, targets = self.target.shape
+        return module().logits_args(
+            rows,
+            self.logits.shape[-1],
+            targets,
+            pointer(self.logits),
+            _kind(self.logits),
+            *map(pointer, (self.offset, self.inv_temperature, self.target)),
+        )
+
+
+def _held(g: Given) -> _Held:
+    logits, rows = g.logits, g.logits.shape[:-1].numel()
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    _check_range(g.target, logits.shape[-1])
+    offset = torch.zeros(1, dtype=torch.int64)
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        offset = (offset.unsqueeze(-1) + torch.arange(size) * stride).flatten()
+    target = g.target.contiguous().view(rows, g.target.numel() // max(rows, 1))
+    return _Held(logits, offset, _inverse(g, rows), target)
+
+
+def logits_forward(g: Given) -> tuple[Tensor, ...]:
+    held, rows = _held(g), g.logits.shape[:-1]
+    results = torch.empty(g.target.shape), torch.empty(rows), torch.empty(rows)
+    if rows.numel():
+        c = module()
+        args = c.logits_logprob_fwd_args(held.arguments(), *map(pointer, results))
+        c.logits_logprob_fwd_cpu(args, threads())
+    return results
+
+
+def logits_backward(g: Given, returning: Returning, into: Tensor) -> None:
+    held = _held(g)
+    given = [x.float().contiguous() for x in returning]
+    if into.numel():
+        c = module()
+        args = c.logits_logprob_bwd_args(held.arguments(), *map(pointer, (*given, into)))
+        c.logits_logprob_bwd_cpu(args, threads())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MODULES = {"cpu": "cpu"}  # of each implementation
+MODULES = {"cpu": "cpu", "triton": "triton_launch", "cuda": "cuda"}  # of each implementation
 
 
 class Problem(NamedTuple):
@@ -51,10 +51,12 @@ _SCHEMA = (
 )
 _UPSTREAM = ", ".join(f"Tensor {name}" for name in Upstream._fields)
 _library = torch.library.Library("fastrl", "FRAGMENT")
-_library.define(f"linear_logprob({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # on a GPU they wait for the number of ignored rows
+_library.define(f"linear_logprob({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
 _library.define(
     f"linear_logprob_bwd({_SCHEMA}, Tensor kept, {_UPSTREAM}, bool[] needed) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 
@@ -106,6 +108,7 @@ def _setup(ctx, inputs, output):
     tensors, ctx.settings = inputs[:5], inputs[5:]
     *statistics, kept = output
     ctx.save_for_backward(*tensors, kept, *statistics)
+    ctx.set_materialize_grads(False)  # or there are zeros as large as `kept`
 
 
 def _autograd(ctx, grad_logprob, grad_lse, grad_entropy, _):

@@ -4,15 +4,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrl.kernels.logprob import draws, library, parallel, reference  # noqa: F401  draws: an op
+# draws and given define ops.
+from fastrl.kernels.logprob import (  # noqa: F401
+    draws,
+    given,
+    library,
+    measured,
+    parallel,
+    reference,
+)
 from fastrl.kernels.logprob.reference import LogProbs, Samples
 from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
 HAS: dict[str, tuple[str, ...]] = {
-    "linear_logprob": ("cpu",),
+    "linear_logprob": ("cpu", "triton", "cuda"),
     "linear_sample": ("cpu",),
-    "logprob_from_logits": (),
+    "logprob_from_logits": ("cpu",),
 }
 
 
@@ -67,7 +75,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
-    workspace_mb: float = 64.0,
+    workspace_mb: float = 60.0,
     impl: str = "auto",
     tp_group: "dist.ProcessGroup | None" = None,
 ) -> LogProbs:
@@ -122,11 +130,12 @@ def linear_logprob(
         )
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
-    chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"])
+    prefer = measured.order(hidden.dtype, *weight.shape[::-1]) if hidden.is_cuda else ()
+    chosen = choose("linear_logprob", impl, hidden.device, HAS["linear_logprob"], prefer)
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
             return reference.linear_logprob(hidden, weight, target.long(), **options)
-        _check_kernel(hidden, weight, temperature)
+        _check_kernel({"hidden": hidden, "weight": weight}, temperature)
         each = temperature if isinstance(temperature, Tensor) else None
         differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         logprob, lse, spread, _ = torch.ops.fastrl.linear_logprob(
@@ -151,28 +160,77 @@ def logprob_from_logits(
     *,
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
+    inplace_backward: bool = False,
     impl: str = "auto",
 ) -> LogProbs:
     """Log-probability of `target` under `softmax(logits / temperature)`.
 
-    logits `[..., V]`; target `[...]` or `[..., K]` int64. Returns `LogProbs`: logprob shaped like
-    target, lse and entropy `[...]`, float32, in nats, differentiable. Raises `ValueError` for
-    shapes, dtypes or values that do not fit and for an unavailable `impl`.
+    logits `[..., V]` are bf16, fp16, float32 or float64; target `[...]` or `[..., K]` is int64;
+    temperature is a number or `[...]`. Returns `LogProbs`: logprob shaped like target, lse and
+    entropy `[...]`, float32, in nats (float64 for float64 logits), differentiable.
+
+    With `inplace_backward` the backward writes the gradient into the memory of the logits, which
+    must be contiguous: their values are gone then, and what else in the graph wants them raises
+    autograd's error for tensors modified in place. Only kernels do it; torch.compile breaks its
+    graph there, and refuses with fullgraph=True.
+
+    Raises `ValueError` for shapes, dtypes or values that do not fit and for an unavailable `impl`.
     """
-    choose("logprob_from_logits", impl, logits.device, HAS["logprob_from_logits"])
+    if logits.dim() < 1 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be floating point [..., V], got {logits.dtype} {tuple(logits.shape)}"
+        )
     rows = logits.shape[:-1]
     _check_target(
         target, rows if target.dim() < logits.dim() else (*rows, target.shape[-1]), "target"
     )
+    if target.device != logits.device:
+        raise ValueError(
+            f"target is on {target.device} and logits on {logits.device}; they must be on one"
+        )
     _check_temperature(temperature, rows)
+    if impl == "auto" and logits.dtype == torch.float64:
+        impl = "reference"
+    chosen = choose("logprob_from_logits", impl, logits.device, HAS["logprob_from_logits"])
+    if inplace_backward:
+        _check_inplace(logits, chosen)
     with torch.autocast(logits.device.type, enabled=False):
-        return reference.logprob_from_logits(
-            logits, target.long(), temperature=temperature, entropy=entropy
+        if chosen == "reference":
+            return reference.logprob_from_logits(
+                logits, target.long(), temperature=temperature, entropy=entropy
+            )
+        _check_kernel({"logits": logits}, temperature)
+        each = temperature if isinstance(temperature, Tensor) else None
+        run = _run_eagerly if inplace_backward else torch.ops.fastrl.logprob_from_logits
+        logprob, lse, spread = run(
+            logits,
+            target.long(),
+            None if each is None else each.expand(rows),
+            float(temperature) if each is None else 1.0,
+            inplace_backward,
+            chosen,
+        )
+        return LogProbs(logprob, lse, spread if entropy else None)
+
+
+# Compiled code would copy the logits, and need not tell autograd that it has written to them.
+@torch.compiler.disable(reason="inplace_backward=True does not work inside torch.compile")
+def _run_eagerly(*arguments):
+    return torch.ops.fastrl.logprob_from_logits(*arguments)
+
+
+def _check_inplace(logits: Tensor, chosen: str) -> None:
+    if chosen == "reference":
+        raise ValueError("inplace_backward=True needs a kernel; impl='reference' has none")
+    if not logits.is_contiguous():
+        raise ValueError(
+            f"inplace_backward=True needs contiguous logits, got strides {logits.stride()} "
+            f"for shape {tuple(logits.shape)}"
         )
 
 
-def _check_kernel(hidden: Tensor, weight: Tensor, temperature: float | Tensor = 1.0) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
+def _check_kernel(tensors: dict[str, Tensor], temperature: float | Tensor = 1.0) -> None:
+    for name, tensor in tensors.items():
         if tensor.dtype not in library.FLOATS:
             raise ValueError(
                 f"{name} must be float32, bfloat16 or float16 for a kernel, got {tensor.dtype}; "
@@ -204,7 +262,8 @@ def linear_sample(
 
     Gumbel-argmax with noise that is a pure function of (seed, position, vocabulary entry), so a
     row's token does not depend on the rows beside it. Truncation is top-k, then top-p, then min-p;
-    temperature 0 is greedy. hidden `[M, H]`, weight `[V, H]`; seeds and positions `[M]` int64.
+    temperature 0 is greedy. Only truncation holds logits, of as many rows as fit in 128 MB on a CPU
+    (all rows in the reference). hidden `[M, H]`, weight `[V, H]`; seeds and positions `[M]` int64.
     Returns `Samples`: token `[M]` int64; logprob `[M]` float32 under the distribution sampled from
     (0 when greedy); untruncated_logprob `[M]` float32 under the untruncated one (at temperature 1
     when greedy). A DTensor weight or bias, as of linear_logprob, is gathered for the call. Raises
@@ -229,7 +288,7 @@ def linear_sample(
     chosen = choose("linear_sample", impl, hidden.device, HAS["linear_sample"])
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen != "reference":
-            _check_kernel(hidden, weight)
+            _check_kernel({"hidden": hidden, "weight": weight})
             drawn = torch.ops.fastrl.linear_sample(
                 hidden,
                 weight,

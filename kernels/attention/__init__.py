@@ -1,0 +1,1 @@
+"""Attention of groups of completions that share their prompt."""
