@@ -6,6 +6,7 @@
 #include "logprob.h"
 #include "pack.h"
 #include "pool.h"
+#include "stream.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
@@ -75,7 +76,13 @@ class Tokens {
   // Logits before the temperature, z[kBlock, kPanel].
   void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
     const int vectors = this->vectors(p);
-    multiply<Kind>(rows, n, steps_, packed_.get() + p * kPanel * steps_, vectors, z);
+    const Element* panel = packed_.get() + p * kPanel * steps_;
+    if (vectors == 1) {  // few tokens: reading the weight is what takes time
+      const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
+      multiply_streamed<Kind>(even, n, steps_, panel, vectors, z);
+    } else {
+      multiply<Kind>(rows, n, steps_, panel, vectors, z);
+    }
     if (!a_.bias && a_.logit_scale == 1.0f && a_.softcap <= 0.0f) {
       return;
     }
