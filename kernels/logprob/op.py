@@ -91,9 +91,10 @@ def linear_logprob(
     `ignore_index` are 0. From forward to backward the call holds at most `workspace_mb` (2**20
     bytes): what is left of it beyond fixed buffers keeps the logits' exponentials, of which the
     backward then needs three matrix products where it needs four, and, on a CPU, float32 sums of a
-    16-bit hidden's gradient, which otherwise costs a fifth product. It changes time, not results:
-    on a CPU not a bit. Raises `ValueError` for shapes, dtypes or values that do not fit and for
-    an unavailable `impl`.
+    16-bit hidden's gradient, which otherwise costs a fifth product. On a CPU that changes not a
+    bit. On a GPU it bounds what is kept, not the backward's own buffers, and results agree to the
+    rounding of the inputs' dtype. Raises `ValueError` for shapes, dtypes or values that do not fit
+    and for an unavailable `impl`.
 
     With `tp_group` each of its ranks gives its slice of weight `[V_r, H]` and bias, in the order of
     the ranks and of any sizes, and the same hidden and target, which counts in the whole
