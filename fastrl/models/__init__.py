@@ -13,26 +13,34 @@ from fastrl.models.load import (
 )
 from fastrl.models.logprobs import (
     completion_logprobs,
+    completion_states,
     group_logprobs,
     group_rows,
     verify_shared_prefix,
 )
+from fastrl.models.scorer import Level, build_scorer, completion_scores, load_scorer, scorer_class
 
 __all__ = [
+    "Level",
     "LmHead",
     "add_lora",
     "backbone",
     "build_model",
+    "build_scorer",
     "character_tokenizer",
     "check_shared_prefix",
     "check_vocabulary",
     "completion_logprobs",
+    "completion_scores",
+    "completion_states",
     "group_logprobs",
     "group_rows",
     "lm_head",
     "load_model",
+    "load_scorer",
     "load_tokenizer",
     "save_pretrained",
+    "scorer_class",
     "verify_lm_head",
     "verify_shared_prefix",
 ]

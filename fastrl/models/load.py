@@ -118,15 +118,22 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def add_lora(
-    model: nn.Module, *, rank: int, alpha: float, dropout: float, target_modules: Any, seed: int
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Any,
+    seed: int,
+    scores: bool = False,
 ) -> nn.Module:
-    """The model with LoRA adapters from peft; everything else is frozen."""
+    """The model with LoRA adapters from peft; all else is frozen but a scoring model's head."""
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes floats
         lora_dropout=dropout,
         target_modules=target_modules,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -150,6 +150,44 @@ def group_logprobs(
     return LogProbs(*(None if x is None else x.new_zeros(ids.shape).index_put(at, x) for x in out))
 
 
+def pad_rows(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Tensor, completion_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Right-padded rows `prompt | completion`, and the column of each completion token `[B, T]`.
+
+    Raises `ValueError` for an empty prompt.
+    """
+    device = completion_ids.device
+    lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
+    if (lengths == 0).any():
+        raise ValueError(
+            "prompt_ids holds an empty prompt; a completion needs at least one token before it"
+        )
+    rows, steps = completion_ids.shape
+    ids = torch.zeros(rows, int(lengths.max()) + steps, dtype=torch.int64)
+    for row, prompt in enumerate(prompt_ids):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    ids = ids.to(device)
+    at = lengths.unsqueeze(1) + torch.arange(steps, device=device)
+    return ids.scatter_(1, at, completion_ids.masked_fill(~completion_mask, 0)), at
+
+
+def completion_states(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+) -> Tensor:
+    """The last hidden states `[B, T, H]` that predict each completion token.
+
+    Arguments and errors are those of `completion_logprobs`.
+    """
+    ids, at = pad_rows(prompt_ids, completion_ids, completion_mask)
+    # The last column is predicted, never read.
+    hidden = backbone(model)(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    return hidden.gather(1, (at - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
 @as_forward
 def completion_logprobs(
     model: nn.Module,
@@ -167,22 +205,7 @@ def completion_logprobs(
     attention needs no padding mask. Returns `LogProbs` of `[B, T]` float32 in nats, 0 where the
     mask is false. Raises `ValueError` for an empty prompt.
     """
-    device = completion_ids.device
-    lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
-    if (lengths == 0).any():
-        raise ValueError(
-            "prompt_ids holds an empty prompt; a completion needs at least one token before it"
-        )
-    rows, steps = completion_ids.shape
-    ids = torch.zeros(rows, int(lengths.max()) + steps, dtype=torch.int64)
-    for row, prompt in enumerate(prompt_ids):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    ids = ids.to(device)
-    at = lengths.unsqueeze(1) + torch.arange(steps, device=device)
-    ids.scatter_(1, at, completion_ids.masked_fill(~completion_mask, 0))
-    # The last column is predicted, never read.
-    hidden = backbone(model)(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    hidden = hidden.gather(1, (at - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    hidden = completion_states(model, prompt_ids, completion_ids, completion_mask)
     head = lm_head(model)
     return linear_logprob(
         hidden,

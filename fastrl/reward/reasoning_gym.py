@@ -1,6 +1,7 @@
 """Verifiable tasks from the reasoning-gym library: problems, answers and their verifier."""
 
 import difflib
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,38 @@ def _render(template: str, entry: Problem) -> str:
         ) from None
 
 
+def ranking(answer: str, count: int, seed: int) -> list[str]:
+    """The answer and ever worse copies of it: in the k-th, k more characters are wrong.
+
+    Wrong characters come from the answer and from digits, so that a copy looks like an answer; an
+    answer with fewer characters than are to be wrong grows by wrong ones.
+    """
+    chance = random.Random(f"{seed} {answer}")
+    alphabet = sorted(set(answer) | set("0123456789"))
+    out, text = [answer], list(answer)
+    places = chance.sample(range(len(text)), min(len(text), count - 1))
+    for k in range(count - 1):
+        if k < len(places):
+            at = places[k]
+            text[at] = chance.choice([c for c in alphabet if c != text[at]])
+        else:
+            text.append(chance.choice(alphabet))
+        out.append("".join(text))
+    return out
+
+
 def make_problems(
-    task: str, options: dict[str, Any], size: int, eval_size: int, seed: int, template: str
+    task: str,
+    options: dict[str, Any],
+    size: int,
+    eval_size: int,
+    seed: int,
+    template: str,
+    ranked: int = 2,
 ) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems of a task, as rows with `prompt`, `completion` and `entry`.
 
+    Each also has `ranked`: the answer and worse copies of it, `ranked` in all; see `ranking`.
     The held-out problems are distinct, and none of their prompts is among the training ones.
     Raises `ValueError` for an unknown task, bad options, a template that does not fit, and for a
     task with too few distinct problems to hold any out.
@@ -45,7 +73,12 @@ def make_problems(
 
     def rows(dataset) -> list[Problem]:
         return [
-            {"prompt": _render(template, e), "completion": str(e["answer"]), "entry": e}
+            {
+                "prompt": _render(template, e),
+                "completion": str(e["answer"]),
+                "ranked": ranking(str(e["answer"]), ranked, seed),
+                "entry": e,
+            }
             for e in dataset
         ]
 

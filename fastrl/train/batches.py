@@ -1,37 +1,45 @@
-"""What one optimizer step learns from: demonstrations, or rollouts and their advantages."""
+"""What one optimizer step learns from: prompts, completions, and figures for each of them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import mul
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from fastrl import losses
-from fastrl.models import completion_logprobs, group_logprobs, group_rows
-from fastrl.reward import RewardFunction, score_completions
-from fastrl.rollout import RolloutEngine, Rollouts, SamplingParams
-from fastrl.train.config import GRPO, SFT, Reward
-from fastrl.train.data import Example, batch_indices
+from fastrl.kernels import LogProbs
+from fastrl.models import (
+    Level,
+    completion_logprobs,
+    completion_scores,
+    group_logprobs,
+    group_rows,
+)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, completions `[B, T]` and, per token, the loss weight.
+    """Prompts, completions `[B, T]` and the loss weight of each token, or of each row.
 
-    The rest only where an algorithm needs it.
+    The rest only where an algorithm needs it. `unit` neighbouring rows belong together (a pair, a
+    ranking) and stay in one micro-batch.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: Tensor
     completion_mask: Tensor
     weights: Tensor
+    unit: int = 1
+    rewards: Tensor | None = None  # [B]
     advantages: Tensor | None = None
     sampler_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    selected: Tensor | None = None  # tokens that a covariance marks
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    labels: Tensor | None = None  # [B] bool: demonstration, or desirable
+    margins: Tensor | None = None  # [B]
 
     def select(self, rows: Tensor) -> "Batch":
         """The given rows, without the padding that none of them needs."""
@@ -50,9 +58,10 @@ class Batch:
     def pieces(self, size: int, *, shared_prefix: bool) -> list[Tensor]:
         """The rows of each micro-batch: of similar length or, with shared_prefix, whole groups.
 
-        A group is split only where it has more than `size` rows.
+        A group is split only where it has more than `size` rows, a unit never.
         """
         device = self.completion_mask.device
+        size = max(size // self.unit, 1) * self.unit
         if shared_prefix:
             parts: list[list[int]] = []
             for group in group_rows(self.prompt_ids):
@@ -66,154 +75,96 @@ class Batch:
         lengths = self.completion_mask.sum(-1) + torch.tensor(
             [len(p) for p in self.prompt_ids], device=device, dtype=torch.int64
         )
-        order = torch.argsort(lengths, stable=True)
-        return [piece for piece in order.split(size) if len(piece)]
+        units = torch.argsort(lengths.view(-1, self.unit).amax(-1), stable=True)
+        order = units.unsqueeze(-1) * self.unit + torch.arange(self.unit, device=device)
+        return [piece for piece in order.flatten().split(size) if len(piece)]
 
-    def logprobs(self, model: nn.Module, temperature: float, *, shared_prefix: bool) -> Tensor:
+    @property
+    def completions(self) -> tuple[list[list[int]], Tensor, Tensor]:
+        """Prompts, completion ids and mask, as the models' functions take them."""
+        return self.prompt_ids, self.completion_ids, self.completion_mask
+
+    def logprobs(
+        self,
+        model: nn.Module,
+        temperature: float = 1.0,
+        *,
+        shared_prefix: bool,
+        entropy: bool = False,
+    ) -> LogProbs:
         """Log-probs `[B, T]` of the completions; with shared_prefix from prompts computed once."""
-        completions = (self.prompt_ids, self.completion_ids, self.completion_mask)
         if shared_prefix:
-            return group_logprobs(model, completions, temperature=temperature).logprob
-        return completion_logprobs(model, *completions, temperature=temperature).logprob
+            return group_logprobs(
+                model, self.completions, temperature=temperature, entropy=entropy
+            )
+        return completion_logprobs(
+            model, *self.completions, temperature=temperature, entropy=entropy
+        )
+
+    def heads(self, model: nn.Module, level: Level = "sequence") -> Tensor:
+        """Scores of each of K heads: `[B, K]`, or at the levels of tokens `[B, T, K]`."""
+        scores = completion_scores(model, *self.completions, level=level)
+        single = scores.dim() == (1 if level == "sequence" else 2)
+        return scores.unsqueeze(-1) if single else scores
+
+    def scores(self, model: nn.Module, level: Level = "sequence") -> Tensor:
+        """Scores `[B]` or `[B, T]`; the mean of several heads."""
+        return self.heads(model, level).mean(-1)
+
+    def frozen_logprobs(
+        self, model: nn.Module, size: int, temperature: float = 1.0, *, shared_prefix: bool
+    ) -> Tensor:
+        """`logprobs` without gradients or dropout, at most `size` rows at a time."""
+        out = torch.zeros(self.completion_ids.shape, device=self.completion_ids.device)
+        with _frozen(model):
+            for piece in self.pieces(size, shared_prefix=shared_prefix):
+                part = self.select(piece).logprobs(model, temperature, shared_prefix=shared_prefix)
+                out[piece, : part.logprob.shape[1]] = part.logprob
+        return out
+
+    def frozen_scores(self, model: nn.Module, size: int, level: Level = "sequence") -> Tensor:
+        """`scores` without gradients or dropout, at most `size` rows at a time."""
+        shape = self.completion_ids.shape
+        out = torch.zeros(
+            shape[:1] if level == "sequence" else shape, device=self.completion_ids.device
+        )
+        with _frozen(model):
+            for piece in self.pieces(size, shared_prefix=False):
+                part = self.select(piece).scores(model, level)
+                at = (piece,) if part.dim() == 1 else (piece, slice(part.shape[1]))
+                out[at] = part
+        return out
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Completions as text and their rewards: the weighted `total`, and each function's `parts`."""
-
-    prompts: list[Any]
-    completions: list[str]
-    total: list[float]
-    parts: dict[str, list[float]]
-
-
-@dataclass(frozen=True)
-class RewardSum:
-    """The recipe's reward functions and their weights."""
-
-    functions: dict[str, tuple[RewardFunction, Reward]]
-
-    def score_rollouts(
-        self, examples: Sequence[Example], rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase
-    ) -> Scored:
-        """Scores of groups of completions, one group for each example."""
-        rows = [e for e in examples for _ in range(rollouts.layout.group_size)]
-        lists = rollouts.completion_lists()
-        return self.score(rows, tokenizer.batch_decode(lists, skip_special_tokens=True))
-
-    def score(self, rows: Sequence[Example], texts: list[str]) -> Scored:
-        """Scores of one completion for each row."""
-        prompts = [e.prompt for e in rows]
-        completions = [
-            t if isinstance(p, str) else [{"role": "assistant", "content": t}]
-            for p, t in zip(prompts, texts, strict=True)
-        ]
-        names = {name for e in rows for name in e.columns}
-        columns = {name: [e.columns.get(name) for e in rows] for name in sorted(names)}
-        parts = {}
-        for name, (function, reward) in self.functions.items():
-            scores = score_completions(function, name, prompts, completions, columns)
-            if reward.threshold is not None:
-                scores = [float(s >= reward.threshold) for s in scores]
-            parts[name] = scores
-        weights = [reward.weight for _, reward in self.functions.values()]
-        total = [sum(map(mul, weights, scores)) for scores in zip(*parts.values(), strict=True)]
-        return Scored(prompts, texts, total, parts)
-
-
-def sft_batch(
-    examples: Sequence[Example],
-    stage: SFT,
-    step: int,
-    seed: int,
-    max_completion_length: int,
-    device: Any,
-) -> Batch:
-    """The demonstrations of one optimizer step."""
-    chosen = [examples[i] for i in batch_indices(len(examples), stage.batch_size, step, seed)]
-    return demonstrations(chosen, stage, max_completion_length, device)
-
-
-def demonstrations(
-    chosen: Sequence[Example], stage: SFT, max_completion_length: int, device: Any
-) -> Batch:
-    """Examples with a completion as a batch."""
-    completions = [torch.tensor(e.completion_ids) for e in chosen]
-    ids = nn.utils.rnn.pad_sequence(completions, batch_first=True).to(device)
-    lengths = torch.tensor([len(c) for c in completions], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(-1)
-    weights = losses.token_weights(
-        mask, stage.reduction, max_completion_length=max_completion_length
-    )
-    return Batch([e.prompt_ids for e in chosen], ids, mask, weights)
-
-
-def grpo_batch(
-    examples: Sequence[Example],
-    stage: GRPO,
-    step: int,
-    seed: int,
-    max_completion_length: int,
-    engine: RolloutEngine,
-    rewards: RewardSum,
-    tokenizer: PreTrainedTokenizerBase,
-    reference: nn.Module | None,
-    shared_prefix: bool,
-) -> tuple[Batch, Scored, dict[str, float]]:
-    """Rollouts of one step with rewards and advantages, and the metrics of sampling."""
-    chosen = [examples[i] for i in batch_indices(len(examples), stage.prompts_per_step, step, seed)]
-    sampling = SamplingParams(
-        temperature=stage.temperature,
-        top_k=stage.top_k,
-        top_p=stage.top_p,
-        min_p=stage.min_p,
-        max_new_tokens=max_completion_length,
-        eos_token_id=tokenizer.eos_token_id,
-        # Sampling streams must differ between steps of one run and between runs of neighbouring
-        # seeds.
-        seed=(seed << 32) + step,
-    )
-    rollouts = engine.generate([e.prompt_ids for e in chosen], stage.group_size, sampling)
-    scored = rewards.score_rollouts(chosen, rollouts, tokenizer)
-    device = rollouts.completion_ids.device
-    total = torch.tensor(scored.total, device=device)
-    mask = rollouts.completion_mask
-    batch = Batch(
-        rollouts.prompt_ids,
-        rollouts.completion_ids,
-        mask,
-        losses.token_weights(mask, stage.reduction, max_completion_length=max_completion_length),
-        advantages=losses.grpo_advantages(total, stage.group_size, scale=stage.scale_advantages),
-        sampler_logprobs=rollouts.untruncated_logprobs,
-    )
-    if stage.updates_per_batch > 1:
-        old = _frozen_logprobs(engine.model, batch, stage, shared_prefix)
-        batch = replace(batch, old_logprobs=old)
-    if reference is not None:
-        ref = _frozen_logprobs(reference, batch, stage, shared_prefix)
-        batch = replace(batch, ref_logprobs=ref)
-    groups = total.view(-1, stage.group_size)
-    lengths = mask.sum(-1).float()
-    metrics = {
-        "reward": total.mean(),
-        "reward_std": groups.std(1).mean(),
-        "zero_std_groups": (groups == groups[:, :1]).all(1).float().mean(),
-        "completion_length": lengths.mean(),
-        "truncated": torch.tensor([r == "length" for r in rollouts.finish_reason]).float().mean(),
-        "entropy": -rollouts.untruncated_logprobs[mask].mean(),
-        **{f"reward/{name}": torch.tensor(part).mean() for name, part in scored.parts.items()},
-    }
-    return batch, scored, {k: float(v) for k, v in metrics.items()}
-
-
-@torch.no_grad()
-def _frozen_logprobs(model: nn.Module, batch: Batch, stage: GRPO, shared_prefix: bool) -> Tensor:
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
-    out = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
-    for piece in batch.pieces(stage.micro_batch_size, shared_prefix=shared_prefix):
-        part = batch.select(piece)
-        logprobs = part.logprobs(model, stage.temperature, shared_prefix=shared_prefix)
-        out[piece, : logprobs.shape[1]] = logprobs
+    with torch.no_grad():
+        yield
     model.train(was_training)
-    return out
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches of the same kind, one after another."""
+    if len(batches) == 1:
+        return batches[0]
+    steps = max(b.completion_ids.shape[1] for b in batches)
+    tensors = {}
+    for name, value in vars(batches[0]).items():
+        if isinstance(value, Tensor):
+            parts = [getattr(b, name) for b in batches]
+            if value.dim() > 1:
+                parts = [nn.functional.pad(x, (0, steps - x.shape[1])) for x in parts]
+            tensors[name] = torch.cat(parts)
+    return replace(batches[0], prompt_ids=[p for b in batches for p in b.prompt_ids], **tensors)
+
+
+def pad_batch(
+    prompt_ids: list[list[int]], completions: Sequence[Sequence[int]], device: torch.device
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Prompts, completion ids and mask `[B, T]`, right-padded with 0, of completions as lists."""
+    rows = [torch.tensor(c, dtype=torch.int64) for c in completions]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    lengths = torch.tensor([len(c) for c in completions], device=device)
+    return prompt_ids, ids, torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(-1)

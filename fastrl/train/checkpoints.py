@@ -18,7 +18,7 @@ from fastrl.train.optimizer import Optimizer
 from fastrl.train.recipe import dump_config, load_recipe
 
 FORMAT = "fastrl-checkpoint"
-VERSION = 1
+VERSION = 2
 ADVICE = "delete that folder to continue from the one before"
 
 
@@ -140,19 +140,19 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Trainable parameters as safetensors."""
-    save_file({n: p.contiguous() for n, p in trainable(model).items()}, path)
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Parameters by name as safetensors."""
+    save_file({n: p.contiguous() for n, p in weights.items()}, path)
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(current: dict[str, Tensor], path: Path) -> None:
     """Take over what `save_weights` wrote.
 
     Raises `CheckpointError` where names or shapes differ.
     """
     try:
-        saved, current = load_file(path), trainable(model)
+        saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error}") from None
     if saved.keys() != current.keys() or any(saved[n].shape != p.shape for n, p in current.items()):
@@ -162,13 +162,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def save(
-    folder: Path, progress: Progress, model: nn.Module, optimizer: Optimizer, keep: int
+    folder: Path,
+    progress: Progress,
+    networks: dict[str, dict[str, Tensor]],
+    optimizers: dict[str, Optimizer],
+    keep: int,
 ) -> Path:
-    """Write `folder/checkpoints/step-N`, then delete all but the newest `keep`."""
+    """Write `folder/checkpoints/step-N`, then delete all but the newest `keep`.
+
+    It holds the weights of every network and the state of every optimizer, by name.
+    """
 
     def fill(temporary: Path) -> None:
-        save_weights(model, temporary / "model.safetensors")
-        save_file(optimizer.state(), temporary / "optimizer.safetensors")
+        for name, weights in networks.items():
+            save_weights(weights, temporary / f"{name}.safetensors")
+        for name, optimizer in optimizers.items():
+            save_file(optimizer.state(), temporary / f"{name}.optimizer.safetensors")
         files = {
             p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in temporary.iterdir()
         }
@@ -225,13 +234,13 @@ def read_progress(checkpoint: Path) -> Progress:
     return progress
 
 
-def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
+def load_optimizer(checkpoint: Path, name: str, optimizer: Optimizer) -> None:
     """Take over the optimizer state of a checkpoint.
 
     Raises `CheckpointError` if it is another model's.
     """
     try:
-        optimizer.load(load_file(checkpoint / "optimizer.safetensors"))
+        optimizer.load(load_file(checkpoint / f"{name}.optimizer.safetensors"))
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{str(checkpoint)!r} holds another model's optimizer state: {error}"

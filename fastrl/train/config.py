@@ -8,14 +8,14 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     model_validator,
 )
 
-from fastrl.losses.policy import KLEstimator
-from fastrl.losses.reduction import Reduction
+from fastrl.train.section import Section
+from fastrl.train.stages import ALGORITHMS, PRESETS, PolicyGradient, Stage
 
 
 class ConfigError(ValueError):
@@ -23,10 +23,6 @@ class ConfigError(ValueError):
 
     The message names the key, the value and what would be right.
     """
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Architecture(Section):
@@ -110,6 +106,9 @@ class ReasoningGym(Section):
     prompt: str = Field(
         "{question}", description="format string over question and the entry's metadata"
     )
+    ranked: int = Field(
+        2, ge=2, description="completions of a ranking: the answer, and ever worse copies of it"
+    )
 
 
 # Absolute, so that a run can be resumed from any folder.
@@ -122,6 +121,10 @@ class Data(Section):
     reasoning_gym: ReasoningGym | None = None
     train_file: DataFile = Field(None, description="JSON lines or parquet: prompt, completion ...")
     eval_file: DataFile = None
+
+    demonstrations: int | None = Field(
+        None, ge=1, description="only the first so many training rows are demonstrations"
+    )
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -147,64 +150,6 @@ class Reward(Section):
     )
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Optimizer(Section):
-    """AdamW with gradient clipping, linear warm-up and a decay to `final_lr_fraction` of `lr`."""
-
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_lr_fraction: float = Field(0.1, ge=0, le=1)
-
-
-class Stage(Section):
-    """What all algorithms share. A stage is one algorithm run for a number of optimizer steps."""
-
-    steps: int = Field(ge=1)
-    optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
-    micro_batch_size: int = Field(
-        64,
-        ge=1,
-        description="completions per forward and backward pass; with model.shared_prefix a group "
-        "is split only where it is larger",
-    )
-    eval_every: int = Field(50, ge=1)
-
-
-class SFT(Stage):
-    algorithm: Literal["sft"] = "sft"
-    batch_size: int = Field(64, ge=1, description="demonstrations per optimizer step")
-    reduction: Reduction = "dapo"
-
-
-class GRPO(Stage):
-    """Group-relative policy optimisation; see `fastrl.losses.policy_loss` for the coefficients."""
-
-    algorithm: Literal["grpo"] = "grpo"
-    prompts_per_step: int = Field(16, ge=1)
-    group_size: int = Field(8, ge=2)
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    updates_per_batch: int = Field(
-        1, ge=1, description="optimizer updates on each batch of rollouts"
-    )
-    eps_low: float = Field(0.2, ge=0, le=1)
-    eps_high: float = Field(0.2, ge=0)
-    dual_clip: float | None = Field(None, gt=1)
-    kl_coef: float = Field(0.0, ge=0)
-    kl_estimator: KLEstimator = "k3"
-    scale_advantages: bool = True
-    reduction: Reduction = "dapo"
-
-
 class Config(Section):
     """A whole run: model, data, rewards and stages, in the order in which they are given."""
 
@@ -213,7 +158,7 @@ class Config(Section):
     model: Model
     data: Data
     rewards: tuple[Reward, ...] = ()
-    stages: dict[str, SFT | GRPO] = Field(min_length=1)
+    stages: dict[str, SerializeAsAny[Stage]] = Field(min_length=1)
     max_prompt_length: int | None = Field(
         None, ge=1, description="tokens; a longer prompt is an error"
     )
@@ -231,7 +176,6 @@ class Config(Section):
         stages = values.get("stages") if isinstance(values, dict) else None
         if not isinstance(stages, dict):
             return values
-        classes = {"sft": SFT, "grpo": GRPO}
         chosen = {}
         for name, stage in stages.items():
             if stage is None:  # --set stages.sft=null leaves a recipe's stage out
@@ -240,30 +184,47 @@ class Config(Section):
                 chosen[name] = stage
                 continue
             algorithm = stage.get("algorithm", name)
-            if algorithm not in classes:
+            if algorithm not in ALGORITHMS:
                 raise ValueError(
                     f"stages.{name}: algorithm {algorithm!r} is unknown; use one of "
-                    f"{', '.join(classes)}"
+                    f"{', '.join(ALGORITHMS)}"
                 )
+            family = ALGORITHMS[algorithm]
+            settings = PRESETS.get(algorithm, {}) | stage | {"algorithm": algorithm}
             try:
-                chosen[name] = classes[algorithm](**stage)
+                chosen[name] = family(**settings)
             except ValidationError as error:
                 raise ConfigError(
-                    "\n".join(_messages(error, cls, ("stages", name), classes[algorithm]))
+                    "\n".join(_messages(error, cls, ("stages", name), family))
                 ) from None
         return values | {"stages": chosen}
 
     @model_validator(mode="after")
-    def _rewards_where_needed(self):
+    def _stages_fit_together(self):
         dropout = self.model.lora is not None and self.model.lora.dropout > 0
-        for name, stage in self.stages.items():
-            if dropout and isinstance(stage, GRPO) and stage.updates_per_batch > 1:
+        trained: set[str] = set()
+        for i, (name, stage) in enumerate(self.stages.items()):
+            if dropout and isinstance(stage, PolicyGradient) and stage.updates_per_batch > 1:
                 raise ValueError(
                     f"stages.{name}.updates_per_batch={stage.updates_per_batch} needs "
                     "model.lora.dropout=0: dropout noise would look like a change of the policy"
                 )
-        if not self.rewards and any(s.algorithm != "sft" for s in self.stages.values()):
-            raise ValueError("rewards is empty, but a stage other than sft needs at least one")
+            source = stage.reward_from
+            if source == "functions" and not self.rewards:
+                raise ValueError(
+                    f"rewards is empty, but stages.{name} ({stage.algorithm}) needs at least one"
+                )
+            if source not in (None, "functions") and source not in trained:
+                raise ValueError(
+                    f"stages.{name}.reward={source!r} is neither functions nor a scoring model "
+                    f"that an earlier stage trains ({', '.join(sorted(trained)) or 'none does'})"
+                )
+            if stage.earlier is not None and stage.earlier not in list(self.stages)[: i + 1]:
+                raise ValueError(
+                    f"stages.{name}.initial={stage.earlier!r} is not one of the stages up to it: "
+                    f"{', '.join(list(self.stages)[: i + 1])}"
+                )
+            trained |= stage.scorers.keys()
         names = [r.function for r in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards names a function twice: {', '.join(names)}")

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from fastrl.reward.reasoning_gym import make_problems
 from fastrl.train import config as cfg
 
-RESERVED = ("prompt", "completion")  # everything else reaches the reward functions
+# Everything else reaches the reward functions.
+RESERVED = ("prompt", "completion", "chosen", "rejected", "ranked")
 
 
 class DataError(ValueError):
@@ -23,12 +24,16 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the prompt as given and as ids, and the demonstration's ids with eos, if any."""
+    """One row: the prompt as given and as ids, and completions with eos where a stage reads them.
+
+    completion_ids is the demonstration, ranked_ids are completions from the best to the worst.
+    """
 
     prompt: Any
     prompt_ids: list[int]
     completion_ids: list[int] | None
     columns: dict[str, Any]
+    ranked_ids: list[list[int]] | None = None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -78,7 +83,7 @@ def load_examples(
     if config.data.reasoning_gym is not None:
         gym = config.data.reasoning_gym
         train, held_out = make_problems(
-            gym.task, gym.options, gym.size, gym.eval_size, gym.seed, gym.prompt
+            gym.task, gym.options, gym.size, gym.eval_size, gym.seed, gym.prompt, gym.ranked
         )
         source, eval_source = f"reasoning_gym {gym.task}", f"reasoning_gym {gym.task} (held out)"
     else:
@@ -86,23 +91,31 @@ def load_examples(
         source, eval_source = str(config.data.train_file), str(config.data.eval_file)
         train = read_rows(config.data.train_file)
         held_out = read_rows(config.data.eval_file) if config.data.eval_file else []
-    demonstrations = any(s.algorithm == "sft" for s in config.stages.values())
-    return (
-        [
-            _example(r, f"{source}, row {i}", config, tokenizer, demonstrations)
-            for i, r in enumerate(train, 1)
-        ],
-        [
-            _example(
-                r,
-                f"{eval_source}, row {i}",
-                config,
-                tokenizer,
-                demonstrations and "completion" in r,
-            )
-            for i, r in enumerate(held_out, 1)
-        ],
-    )
+    stages = config.stages.values()
+    demonstrations = any(stage.demonstrations for stage in stages)
+    rankings = any(stage.rankings for stage in stages)
+    limit = config.data.demonstrations or len(train)
+    examples = [
+        _example(r, f"{source}, row {i}", config, tokenizer, demonstrations and i <= limit, rankings)
+        for i, r in enumerate(train, 1)
+    ]
+    held = [
+        _example(
+            r,
+            f"{eval_source}, row {i}",
+            config,
+            tokenizer,
+            demonstrations and "completion" in r,
+            rankings and ("chosen" in r or "ranked" in r),
+        )
+        for i, r in enumerate(held_out, 1)
+    ]
+    sizes = {len(e.ranked_ids) for e in examples + held if e.ranked_ids is not None}
+    if len(sizes) > 1:
+        raise DataError(
+            f"{source}: rankings must all be of one length, found {sorted(sizes)} completions"
+        )
+    return examples, held
 
 
 def _conversation(value: Any) -> bool:
@@ -117,62 +130,86 @@ def _example(
     config: cfg.Config,
     tokenizer: PreTrainedTokenizerBase,
     demonstration: bool,
+    ranking: bool,
 ) -> Example:
-    for column in ("prompt", "completion") if demonstration else ("prompt",):
-        if row.get(column) in (None, "", []):
+    def column(name: str) -> Any:
+        if row.get(name) in (None, "", []):
             raise DataError(
-                f"{where}: column {column!r} is missing or empty; it has {', '.join(row) or 'none'}"
+                f"{where}: column {name!r} is missing or empty; it has {', '.join(row) or 'none'}"
             )
-    prompt = row["prompt"]
-    completion_ids = None
+        return row[name]
+
+    prompt = column("prompt")
     if isinstance(prompt, str):
         prompt_ids = tokenizer(prompt)["input_ids"]
-        if demonstration:
-            text = row["completion"]
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{where}: completion must be a string like prompt, got {type(text).__name__}"
-                )
-            completion_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            completion_ids.append(tokenizer.eos_token_id)
     elif _conversation(prompt):
         if tokenizer.chat_template is None:
             raise DataError(
                 f"{where}: the prompt is conversational but the tokenizer has no chat template"
             )
         prompt_ids = _chat_ids(tokenizer, prompt, True)
-        if demonstration:
-            if not _conversation(row["completion"]):
-                raise DataError(f"{where}: completion must be a list of messages like prompt")
-            whole = _chat_ids(tokenizer, prompt + row["completion"], False)
-            if whole[: len(prompt_ids)] != prompt_ids:
-                raise DataError(
-                    f"{where}: the chat template renders the prompt differently with its completion"
-                )
-            completion_ids = whole[len(prompt_ids) :]
     else:
         raise DataError(
             f"{where}: prompt must be a string or a list of messages, got {str(prompt)[:60]!r}"
         )
-    # Tokenizers with one special token for everything have no way to say unknown.
-    unknown = tokenizer.unk_token_id
-    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        unknown = None
-    for name, ids, limit in (
-        ("prompt", prompt_ids, config.max_prompt_length),
-        ("completion", completion_ids or [], config.max_completion_length),
-    ):
+
+    def checked(name: str, text: Any, ids: list[int], limit: int | None) -> list[int]:
         if limit is not None and len(ids) > limit:
             raise DataError(
-                f"{where}: the {name} has {len(ids)} tokens, more than max_{name}_length={limit}"
+                f"{where}: the {name} has {len(ids)} tokens, more than "
+                f"max_{'prompt' if name == 'prompt' else 'completion'}_length={limit}"
             )
-        if unknown is not None and unknown in ids:
+        if _unknown(tokenizer) in ids:
             raise DataError(
-                f"{where}: the {name} holds characters that the tokenizer does not know: "
-                f"{row[name]!r}"
+                f"{where}: the {name} holds characters that the tokenizer does not know: {text!r}"
             )
+        return ids
+
+    def completion(name: str, text: Any) -> list[int]:
+        ids = _completion_ids(tokenizer, prompt, prompt_ids, text, f"{where}: {name}")
+        return checked(name, text, ids, config.max_completion_length)
+
+    checked("prompt", prompt, prompt_ids, config.max_prompt_length)
+    demonstrated = completion("completion", column("completion")) if demonstration else None
+    ranked = None
+    if ranking:
+        if "ranked" in row:
+            ranked = [completion(f"ranked[{i}]", t) for i, t in enumerate(column("ranked"))]
+            if len(ranked) < 2:
+                raise DataError(f"{where}: ranked must hold at least 2 completions")
+        else:
+            ranked = [completion(name, column(name)) for name in ("chosen", "rejected")]
     columns = {k: v for k, v in row.items() if k not in RESERVED}
-    return Example(prompt, prompt_ids, completion_ids, columns)
+    return Example(prompt, prompt_ids, demonstrated, columns, ranked)
+
+
+def _completion_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    prompt_ids: list[int],
+    completion: Any,
+    where: str,
+) -> list[int]:
+    if isinstance(prompt, str):
+        if not isinstance(completion, str):
+            raise DataError(
+                f"{where} must be a string like prompt, got {type(completion).__name__}"
+            )
+        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return [*ids, tokenizer.eos_token_id]
+    if not _conversation(completion):
+        raise DataError(f"{where} must be a list of messages like prompt")
+    whole = _chat_ids(tokenizer, prompt + completion, False)
+    if whole[: len(prompt_ids)] != prompt_ids:
+        raise DataError(f"{where}: the chat template renders the prompt differently with it")
+    return whole[len(prompt_ids) :]
+
+
+def _unknown(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    # Tokenizers with one special token for everything have no way to say unknown.
+    unknown = tokenizer.unk_token_id
+    special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if unknown in special else unknown
 
 
 def _chat_ids(

@@ -1,12 +1,9 @@
 """The training loop: checked settings in, a run folder out; read it from top to bottom."""
 
 import copy
-import hashlib
 import json
-import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -14,16 +11,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastrl import losses, models
-from fastrl.models import completion_logprobs
-from fastrl.rollout import SamplingParams
+from fastrl import models
 from fastrl.train import checkpoints
-from fastrl.train.batches import Batch, Scored, demonstrations, grpo_batch, sft_batch
+from fastrl.train.algorithms import STEPS, Context, stream_seed
 from fastrl.train.checkpoints import Progress
-from fastrl.train.config import GRPO, SFT, Config
+from fastrl.train.config import Config
+from fastrl.train.evaluate import evaluate
 from fastrl.train.optimizer import Optimizer
-from fastrl.train.setup import Setup, prepare
+from fastrl.train.setup import Setup, add_scorer, load_policy, prepare
+from fastrl.train.stages import Distillation, Stage
 from fastrl.train.tracking import Tracker
+from fastrl.train.update import Update, apply, merge
 
 MAX_SKIPPED = 3
 
@@ -36,7 +34,7 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
     """Train as the recipe says; returns the run folder (default `runs/<name>-seed<seed>-<time>`).
 
     The folder holds config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and, at the end, final/
-    (the model in Hugging Face format). Raises `ConfigError`, `DataError`, `RewardError` or
+    (the policy in Hugging Face format) and final-NAME/ of each scoring model. Raises `ConfigError`, `DataError`, `RewardError` or
     `ValueError` for settings that cannot work, before the folder is made; `CheckpointError` for a
     folder that exists or a disk that is full; `TrainingError` after three non-finite steps in a
     row.
@@ -62,7 +60,12 @@ def resume(folder: Path | str, console: Console | None = None) -> Path:
     progress = Progress() if checkpoint is None else checkpoints.read_progress(checkpoint)
     setup = prepare(config)
     if checkpoint is not None:
-        checkpoints.load_weights(setup.model, checkpoint / "model.safetensors")
+        names = list(config.stages)
+        for name in names[: names.index(progress.stage) + 1]:
+            _add_scorers(setup, config.stages[name])
+        for name, network in setup.networks.items():
+            weights = checkpoints.trainable(network)
+            checkpoints.load_weights(weights, checkpoint / f"{name}.safetensors")
     return _train(setup, folder, progress, checkpoint, console)
 
 
@@ -80,92 +83,165 @@ def _train(
                 progress = replace(progress, stage=name, stage_step=0, skipped_in_a_row=0)
             if progress.stage_step == stage.steps:
                 continue
-            reference = _reference(setup, stage, folder / f"reference-{name}", progress.stage_step)
-            optimizer = Optimizer(setup.model, stage.optimizer, stage.steps)
-            if continued and checkpoint is not None:
-                checkpoints.load_optimizer(checkpoint, optimizer)
+            work = _begin(setup, stage, name, folder, checkpoint if continued else None)
             tracker.start_stage(name, progress.stage_step, stage.steps)
             while progress.stage_step < stage.steps:
-                progress = _step(setup, stage, progress, optimizer, reference, tracker, folder)
+                progress = _step(work, progress, tracker, folder)
                 done = progress.stage_step == stage.steps
                 if done or progress.step % config.save_every == 0:
-                    _check_finite(setup.model, progress)
+                    _check_finite(setup, progress)
                     checkpoints.save(
-                        folder, progress, setup.model, optimizer, config.keep_checkpoints
+                        folder, progress, work.weights(), work.optimizers, config.keep_checkpoints
                     )
-        checkpoints.write_folder(
-            folder / "final",
-            lambda path: models.save_pretrained(setup.model, setup.tokenizer, path),
-        )
+        for name, network in setup.networks.items():
+            checkpoints.write_folder(
+                folder / ("final" if name == "policy" else f"final-{name}"),
+                lambda path, network=network: models.save_pretrained(  # type: ignore[misc]
+                    network, setup.tokenizer, path
+                ),
+            )
     return folder
 
 
-def _check_finite(model: nn.Module, progress: Progress) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise TrainingError(
-                f"step {progress.step} left {name} with NaN or infinity, so it is not saved; "
-                "a lower learning rate may help"
+@dataclass
+class Work:
+    """A stage under way: what its algorithm sees, and the optimizers of the networks it trains."""
+
+    context: Context
+    optimizers: dict[str, Optimizer]
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds: all that training changed, by network."""
+        setup, reference = self.context.setup, self.context.reference
+        out = {name: checkpoints.trainable(n) for name, n in setup.networks.items()}
+        if reference is not None and getattr(self.context.stage, "reference_every", None):
+            out["reference"] = _like(reference, setup.policy)
+        return out
+
+
+def _begin(
+    setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path | None
+) -> Work:
+    """A stage's networks, frozen policies and optimizers, new or as a checkpoint left them."""
+    seed = stream_seed(setup.config.seed, name)
+    if checkpoint is None:
+        _add_scorers(setup, stage)
+        if stage.reference or name in _needed_later(setup.config):
+            weights = checkpoints.trainable(setup.policy)
+            checkpoints.write_folder(
+                folder / f"begin-{name}",
+                lambda path: checkpoints.save_weights(weights, path / "policy.safetensors"),
             )
+    reference = earlier = None
+    if isinstance(stage, Distillation) and stage.teacher is not None:
+        reference = _frozen(models.load_model(stage.teacher).to(setup.device))
+    elif stage.reference:
+        reference = _as_it_was(setup, folder, name)
+    origin = _earlier(setup.config, name)
+    if origin is not None:
+        earlier = _as_it_was(setup, folder, origin)
+    if checkpoint is None and isinstance(stage, Distillation) and stage.teacher is None:
+        fresh = checkpoints.trainable(load_policy(setup.config, setup.tokenizer)[0])
+        for key, parameter in checkpoints.trainable(setup.policy).items():
+            parameter.copy_(fresh[key])
+        setup.engine.weights_changed()
+    optimizers = {}
+    for network in [*(["policy"] if stage.trains_policy else []), *stage.scorers]:
+        settings = getattr(stage, f"{network}_optimizer", stage.optimizer)
+        optimizers[network] = Optimizer(setup.networks[network], settings, stage.steps)
+    if checkpoint is not None:
+        for network, optimizer in optimizers.items():
+            checkpoints.load_optimizer(checkpoint, network, optimizer)
+        refreshed = checkpoint / "reference.safetensors"
+        if reference is not None and refreshed.is_file():
+            checkpoints.load_weights(_like(reference, setup.policy), refreshed)
+    return Work(Context(setup, stage, seed, reference, earlier), optimizers)
 
 
-def _step(
-    setup: Setup,
-    stage: SFT | GRPO,
-    progress: Progress,
-    optimizer: Optimizer,
-    reference: nn.Module | None,
-    tracker: Tracker,
-    folder: Path,
-) -> Progress:
-    config, start, index = setup.config, time.perf_counter(), progress.stage_step
-    seed = stream_seed(config.seed, progress.stage)
-    torch.manual_seed(stream_seed(seed, str(index)))
-    scored: Scored | None = None
-    metrics: dict[str, float] = {}
-    shared = setup.shared_prefix and isinstance(stage, GRPO)
-    if isinstance(stage, SFT):
-        batch = sft_batch(
-            setup.train, stage, index, seed, config.max_completion_length, setup.device
-        )
-        updates = 1
-    else:
-        batch, scored, metrics = grpo_batch(
-            setup.train,
-            stage,
+def _add_scorers(setup: Setup, stage: Stage) -> None:
+    for network, heads in stage.scorers.items():
+        if network not in setup.networks:
+            add_scorer(setup, network, heads, stream_seed(setup.config.seed, network))
+
+
+def _earlier(config: Config, name: str) -> str | None:
+    """The stage at whose beginning the policy is needed in this one."""
+    stage = config.stages[name]
+    return stage.earlier or next(iter(config.stages)) if stage.needs_earlier else None
+
+
+def _needed_later(config: Config) -> set[str | None]:
+    return {_earlier(config, name) for name in config.stages}
+
+
+def _as_it_was(setup: Setup, folder: Path, name: str) -> nn.Module:
+    """A frozen copy of the policy as it was when a stage began.
+
+    Parameters that never train are shared.
+    """
+    kept = {id(p): p for p in setup.policy.parameters() if not p.requires_grad}
+    setup.policy.zero_grad()  # gradients would be copied along
+    model = copy.deepcopy(setup.policy, kept)
+    path = folder / f"begin-{name}" / "policy.safetensors"
+    checkpoints.load_weights(checkpoints.trainable(model), path)
+    return _frozen(model)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+def _like(model: nn.Module, policy: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a copy of the policy that are trained in the policy."""
+    names = checkpoints.trainable(policy).keys()
+    return {n: p.detach() for n, p in model.named_parameters() if n in names}
+
+
+def _check_finite(setup: Setup, progress: Progress) -> None:
+    for network, model in setup.networks.items():
+        for name, parameter in checkpoints.trainable(model).items():
+            if not torch.isfinite(parameter).all():
+                raise TrainingError(
+                    f"step {progress.step} left {network}'s {name} with NaN or infinity, so it is "
+                    "not saved; a lower learning rate may help"
+                )
+
+
+def _step(work: Work, progress: Progress, tracker: Tracker, folder: Path) -> Progress:
+    context, index = work.context, progress.stage_step
+    setup, stage = context.setup, context.stage
+    torch.manual_seed(stream_seed(context.seed, str(index)))
+    _refresh(work, index)
+    start, learning, tokens = time.perf_counter(), 0.0, 0.0
+    finite, scored = True, None
+    logged: list[dict[str, float]] = []
+    for update in STEPS[type(stage)](context, index):
+        begun = time.perf_counter()
+        figures, finite = apply(
+            update,
+            work.optimizers,
+            stage.micro_batch_size,
             index,
-            seed,
-            config.max_completion_length,
-            setup.engine,
-            setup.rewards,
-            setup.tokenizer,
-            reference,
-            shared,
+            shared_prefix=context.shared_prefix and "policy" in update.networks,
         )
-        updates = stage.updates_per_batch
-    sampled = time.perf_counter()
-    finite = True
-    for _ in range(updates):
-        loss = sft_step_loss if isinstance(stage, SFT) else grpo_step_loss(stage, shared)
-        metrics |= accumulate(
-            setup.model, batch, loss, stage.micro_batch_size, optimizer, shared_prefix=shared
-        )
-        metrics["grad_norm"] = optimizer.clip()
-        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        learning += time.perf_counter() - begun
+        logged.append({**update.metrics, **figures})
+        tokens = max(tokens, float(update.batch.completion_mask.sum()))
+        scored = scored or update.scored
         if not finite:
             break
-        metrics["lr"] = optimizer.step(index)
-        setup.engine.weights_changed()
+        if "policy" in update.networks:
+            setup.engine.weights_changed()
     progress = _advance(progress, finite)
     elapsed = time.perf_counter() - start
-    metrics |= {
+    metrics = merge(logged) | {
         "skipped": float(progress.skipped),
         "seconds": elapsed,
-        "rollout_seconds": sampled - start,
-        "tokens_per_second": float(batch.completion_mask.sum()) / elapsed,
+        "rollout_seconds": elapsed - learning,
+        "tokens_per_second": tokens / elapsed,
     }
     if progress.stage_step % stage.eval_every == 0 or progress.stage_step == stage.steps:
-        evaluated, shown = evaluate(setup, stage)
+        evaluated, shown = evaluate(context)
         metrics |= evaluated
         if shown is not None:
             tracker.samples(progress.step, progress.stage, "held out, greedy", shown)
@@ -173,13 +249,18 @@ def _step(
             tracker.samples(progress.step, progress.stage, "training", scored)
     tracker.log(progress.step, progress.stage, progress.stage_step, metrics)
     if not finite:
-        _save_skipped(setup, batch, progress, metrics, folder)
+        _save_skipped(setup, update, figures, progress, folder)
     return progress
 
 
-def stream_seed(seed: int, name: str) -> int:
-    """A 31-bit seed for a named stream of a run: stages and steps draw from unrelated streams."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
+def _refresh(work: Work, index: int) -> None:
+    """Where an iteration ends, the policy becomes its own reference."""
+    context = work.context
+    every = getattr(context.stage, "reference_every", None)
+    if context.reference is None or every is None or index == 0 or index % every:
+        return
+    for name, parameter in _like(context.reference, context.setup.policy).items():
+        parameter.copy_(checkpoints.trainable(context.setup.policy)[name])
 
 
 def _advance(progress: Progress, finite: bool) -> Progress:
@@ -193,156 +274,26 @@ def _advance(progress: Progress, finite: bool) -> Progress:
 
 
 def _save_skipped(
-    setup: Setup, batch: Batch, progress: Progress, metrics: dict[str, float], folder: Path
+    setup: Setup, update: Update, figures: dict[str, float], progress: Progress, folder: Path
 ) -> None:
     path = folder / f"skipped-step-{progress.step}.json"
-    rows = zip(
-        batch.prompt_ids,
-        batch.completion_ids.tolist(),
-        batch.completion_mask.sum(-1).tolist(),
-        strict=True,
-    )
+    loss, norm = (figures[update.prefix + name] for name in ("loss", "grad_norm"))
+    prompts, ids, mask = update.batch.completions
+    rows = zip(prompts, ids.tolist(), mask.sum(-1).tolist(), strict=True)
     samples = [
         {"prompt": setup.tokenizer.decode(p), "completion": setup.tokenizer.decode(c[:n])}
         for p, c, n in rows
     ]
     report = {
-        "loss": str(metrics["loss"]),
-        "grad_norm": str(metrics["grad_norm"]),
+        "network": ", ".join(update.networks),
+        "loss": str(loss),
+        "grad_norm": str(norm),
         "samples": samples,
     }
     checkpoints.write_whole(path, json.dumps(report, indent=1).encode())
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         raise TrainingError(
             f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient and were not applied "
-            f"(step {progress.step}: loss {metrics['loss']}, gradient norm "
-            f"{metrics['grad_norm']}). Their samples "
+            f"(step {progress.step}: loss {loss}, gradient norm {norm}). Their samples "
             f"are in {folder}/skipped-step-*.json; a lower learning rate may help"
         )
-
-
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
-
-
-def sft_step_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of demonstrations."""
-    out = completion_logprobs(model, batch.prompt_ids, batch.completion_ids, batch.completion_mask)
-    return losses.sft_loss(out.logprob, batch.completion_mask, batch.weights)
-
-
-def grpo_step_loss(stage: GRPO, shared_prefix: bool) -> Loss:
-    """Loss and metrics of rollouts, with the mismatch between sampler and trainer."""
-
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        assert batch.advantages is not None and batch.sampler_logprobs is not None
-        logprobs = batch.logprobs(model, stage.temperature, shared_prefix=shared_prefix)
-        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        value, metrics = losses.policy_loss(
-            logprobs,
-            old,
-            batch.advantages,
-            batch.completion_mask,
-            batch.weights,
-            eps_low=stage.eps_low,
-            eps_high=stage.eps_high,
-            dual_clip=stage.dual_clip,
-            ref_logprobs=batch.ref_logprobs,
-            kl_coef=stage.kl_coef,
-            kl_estimator=stage.kl_estimator,
-        )
-        gap = (old - batch.sampler_logprobs)[batch.completion_mask]
-        metrics["mismatch_mean"] = gap.abs().mean()
-        metrics["mismatch_k3"] = (torch.expm1(gap) - gap).mean()
-        metrics["mismatch_max"] = gap.abs().max()
-        return value, metrics
-
-    return loss
-
-
-def accumulate(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    micro_batch_size: int,
-    optimizer: Optimizer,
-    *,
-    shared_prefix: bool = False,
-) -> dict[str, float]:
-    """Gradients of one optimizer step, a micro-batch at a time.
-
-    Returns the loss and metrics of the whole batch.
-
-    Rows that cannot contribute (no tokens; advantage zero and no reference) are left out: their
-    gradient is exactly zero, while the weights of the others still count them.
-    """
-    optimizer.zero_grad()
-    contributes = batch.completion_mask.any(-1)
-    if batch.advantages is not None and batch.ref_logprobs is None:
-        contributes &= batch.advantages != 0
-    metrics: dict[str, float] = {}
-    total, tokens = 0.0, float(batch.completion_mask[contributes].sum())
-    kept = batch.select(torch.nonzero(contributes).squeeze(-1))
-    for part in kept.micro_batches(micro_batch_size, shared_prefix=shared_prefix):
-        value, figures = loss(model, part)
-        value.backward()
-        optimizer.collect()
-        total += float(value.detach())
-        share = float(part.completion_mask.sum()) / tokens
-        for name, figure in figures.items():
-            if name.endswith("_max"):
-                metrics[name] = max(metrics.get(name, 0.0), float(figure))
-            else:
-                metrics[name] = metrics.get(name, 0.0) + share * float(figure)
-    return {"loss": total, **metrics}
-
-
-@torch.no_grad()
-def evaluate(setup: Setup, stage: SFT | GRPO) -> tuple[dict[str, float], Scored | None]:
-    """Held-out figures: reward and accuracy of greedy completions; for SFT the NLL.
-
-    Accuracy is the share of completions that the first reward function gives at least 1.
-    """
-    metrics: dict[str, float] = {}
-    scored = None
-    if not setup.held_out:
-        return metrics, scored
-    setup.model.eval()
-    limit = setup.config.max_completion_length
-    if isinstance(stage, SFT) and all(e.completion_ids for e in setup.held_out):
-        batch = demonstrations(setup.held_out, stage, limit, setup.device)
-        parts = batch.micro_batches(stage.micro_batch_size)
-        nll = sum(
-            float(sft_step_loss(setup.model, p)[1]["nll"]) * int(p.completion_mask.sum())
-            for p in parts
-        )
-        metrics["eval/nll"] = nll / int(batch.completion_mask.sum())
-    if setup.rewards.functions:
-        greedy = SamplingParams(
-            temperature=0.0, max_new_tokens=limit, eos_token_id=setup.tokenizer.eos_token_id
-        )
-        rollouts = setup.engine.generate([e.prompt_ids for e in setup.held_out], 1, greedy)
-        scored = setup.rewards.score_rollouts(setup.held_out, rollouts, setup.tokenizer)
-        first = next(iter(scored.parts.values()))
-        metrics["eval/reward"] = sum(scored.total) / len(scored.total)
-        metrics["eval/accuracy"] = sum(s >= 1 - 1e-6 for s in first) / len(first)
-    setup.model.train()
-    return metrics, scored
-
-
-def _reference(setup: Setup, stage: SFT | GRPO, folder: Path, stage_step: int) -> nn.Module | None:
-    """A frozen copy of the policy as it was when the stage began.
-
-    Parameters that never train are shared.
-    """
-    if not isinstance(stage, GRPO) or stage.kl_coef == 0:
-        return None
-    frozen = {id(p): p for p in setup.model.parameters() if not p.requires_grad}
-    setup.model.zero_grad()  # gradients would be copied along
-    reference = copy.deepcopy(setup.model, frozen)
-    if stage_step == 0:
-        checkpoints.write_folder(
-            folder, lambda path: checkpoints.save_weights(setup.model, path / "model.safetensors")
-        )
-    else:
-        checkpoints.load_weights(reference, folder / "model.safetensors")
-    return reference.eval().requires_grad_(False)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.train import config as cfg
+from fastrl.train import stages
 
 
-def learning_rate(settings: cfg.Optimizer, step: int, total: int) -> float:
+def learning_rate(settings: stages.Optimizer, step: int, total: int) -> float:
     """Learning rate of step `step` (from 0) of `total`: linear warm-up, then decay."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
@@ -28,7 +28,7 @@ class Optimizer:
     bf16 parameters get a float32 master copy: an update far smaller than a bf16 step is not lost.
     """
 
-    def __init__(self, model: nn.Module, settings: cfg.Optimizer, total_steps: int):
+    def __init__(self, model: nn.Module, settings: stages.Optimizer, total_steps: int):
         self.settings, self.total_steps = settings, total_steps
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]

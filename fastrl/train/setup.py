@@ -14,17 +14,25 @@ from fastrl.reward import load_reward_function
 from fastrl.reward.reasoning_gym import verifier
 from fastrl.rollout import RolloutEngine
 from fastrl.train import data
-from fastrl.train.batches import RewardSum
-from fastrl.train.config import GRPO, Config, ConfigError
+from fastrl.train.config import Config, ConfigError
+from fastrl.train.rewards import RewardSum
+from fastrl.train.stages import SPIN, PolicyGradient, Preference
 from fastrl.train.tracking import check_trackers
+
+
+# The stages whose log-probs are of groups that have a prompt in common.
+SHARED = (PolicyGradient, Preference, SPIN)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a recipe names, loaded and checked."""
+    """What a recipe names, loaded and checked.
+
+    networks holds the policy and, once a stage has begun that trains one, scoring models by name.
+    """
 
     config: Config
-    model: nn.Module
+    networks: dict[str, nn.Module]
     tokenizer: PreTrainedTokenizerBase
     train: list[data.Example]
     held_out: list[data.Example]
@@ -32,6 +40,15 @@ class Setup:
     engine: RolloutEngine
     device: torch.device
     shared_prefix: bool  # whether the log-probs of groups compute each prompt once
+
+    @property
+    def policy(self) -> nn.Module:
+        return self.networks["policy"]
+
+    @property
+    def demonstrations(self) -> list[data.Example]:
+        """The training examples that have a completion to learn from."""
+        return [e for e in self.train if e.completion_ids is not None]
 
 
 def prepare(config: Config) -> Setup:
@@ -45,13 +62,38 @@ def prepare(config: Config) -> Setup:
         trial = train[:2]
         ids = [e.completion_ids or [] for e in trial]
         rewards.score(trial, tokenizer.batch_decode(ids, skip_special_tokens=True))
-    model, device = _model(config, tokenizer)
+    model, device = load_policy(config, tokenizer)
+    for name in {name for stage in config.stages.values() for name in stage.scorers}:
+        check_scorer(model, name)
     context = getattr(models.backbone(model).config, "max_position_embeddings", None)
     for examples, source in ((train, "training data"), (held_out, "held-out data")):
         data.check_context(examples, config.max_completion_length, context, source)
     engine = RolloutEngine(model, tokenizer, max_rows=config.rollout_rows)
     shared = _shared_prefix(config, model, device)
-    return Setup(config, model, tokenizer, train, held_out, rewards, engine, device, shared)
+    networks = {"policy": model}
+    return Setup(config, networks, tokenizer, train, held_out, rewards, engine, device, shared)
+
+
+def check_scorer(model: nn.Module, name: str) -> None:
+    """Raise `ConfigError` where no scoring model can start from the policy."""
+    try:
+        models.scorer_class(model)
+    except ValueError as error:
+        raise ConfigError(f"the scoring model {name!r} cannot be made: {error}") from None
+
+
+def add_scorer(setup: Setup, name: str, heads: int, seed: int) -> None:
+    """A scoring model that starts from the policy as it is."""
+    config = setup.config.model
+    pad = setup.tokenizer.pad_token_id
+    if pad is None:
+        pad = setup.tokenizer.eos_token_id
+    scorer = models.build_scorer(setup.policy, pad, heads=heads, seed=seed)
+    if config.lora is not None:
+        scorer = models.add_lora(scorer, **config.lora.model_dump(), seed=seed, scores=True)
+    if config.gradient_checkpointing:
+        scorer.gradient_checkpointing_enable({"use_reentrant": False})
+    setup.networks[name] = scorer.train()
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -62,7 +104,10 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return models.load_tokenizer(path)
 
 
-def _model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, torch.device]:
+def load_policy(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[nn.Module, torch.device]:
+    """The policy as a run begins with it, and the device that it is on."""
     settings = config.model
     dtype = getattr(torch, settings.dtype)
     if settings.architecture is not None:
@@ -94,7 +139,7 @@ def _model(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Modul
 
 def _shared_prefix(config: Config, model: nn.Module, device: torch.device) -> bool:
     wanted = config.model.shared_prefix
-    if wanted == "off" or not any(isinstance(s, GRPO) for s in config.stages.values()):
+    if wanted == "off" or not any(isinstance(s, SHARED) for s in config.stages.values()):
         return False
     fast = set(native.FAST.get(device.type, ())) & set(IMPLEMENTATIONS["shared_prefix_attention"])
     if wanted == "auto" and all(native.unavailable(impl, device) for impl in fast):

@@ -22,8 +22,8 @@ from rich.progress import (
 from rich.table import Table
 
 from fastrl.train import config as cfg
-from fastrl.train.batches import Scored
 from fastrl.train.checkpoints import CheckpointError, write_whole
+from fastrl.train.rewards import Scored
 
 SHOWN = ("loss", "nll", "reward", "eval/accuracy", "eval/nll", "completion_length")
 

@@ -1,0 +1,117 @@
+"""Rewards that tell demonstrations from samples: gail, airl and fairl in turns, afd once."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fastrl import losses
+from fastrl.models import Level
+from fastrl.train.algorithms.context import Context
+from fastrl.train.algorithms.policy import (
+    advantages,
+    compare,
+    policy_updates,
+    reward_metrics,
+    sample_batch,
+)
+from fastrl.train.algorithms.ranking import Values, over_heads
+from fastrl.train.batches import Batch, concatenate
+from fastrl.train.data import Example
+from fastrl.train.stages import Adversarial, AfD
+from fastrl.train.update import Update
+
+
+def adversarial(context: Context, index: int) -> Iterator[Update]:
+    """A step of the discriminator on demonstrations and samples, then one of the policy."""
+    stage: Adversarial = context.stage
+    setup, discriminator = context.setup, context.setup.networks["discriminator"]
+    batch, examples, scored, metrics = sample_batch(context, index)
+    for update in range(stage.discriminator_updates):
+        chosen = context.draw(
+            setup.demonstrations,
+            stage.demonstrations_per_step,
+            index * stage.discriminator_updates + update,
+            "demonstrations",
+        )
+        demonstrations = context.demonstrations(chosen, "dapo")
+        yield discrimination(
+            "discriminator", discriminator, demonstrations, batch, stage.level, "discriminator/"
+        )
+    logits = batch.frozen_scores(discriminator, stage.micro_batch_size, stage.level)
+    rewards = losses.imitation_rewards(logits, stage.reward, max_logit=stage.max_logit)
+    mask = batch.completion_mask
+    total = rewards
+    if stage.level == "token":
+        rewards = torch.where(mask, rewards, 0.0)
+        total = rewards.sum(-1)
+    batch = compare(context, replace(batch, rewards=total))
+    if stage.level == "token":
+        whitened = losses.reinforce_plus_plus_advantages(
+            rewards,
+            mask,
+            group_size=stage.group_size if stage.advantage == "grpo" else None,
+        )
+        batch = replace(batch, advantages=whitened)
+    else:
+        batch = replace(batch, advantages=advantages(context, index, batch, examples))
+    metrics |= reward_metrics(total, stage.group_size) | context.compared(total, scored)
+    yield from policy_updates(context, batch, metrics, scored)
+
+
+def afd(context: Context, index: int) -> Iterator[Update]:
+    """A step that teaches a reward model what is to be imitated, and what is not."""
+    stage: AfD = context.stage
+    setup = context.setup
+    if stage.data == "sft_vs_initial":
+        examples = context.draw(setup.train, stage.prompts_per_step, index)
+        good = _samples(context, examples, 2 * index, None)
+    else:
+        examples = context.draw(setup.demonstrations, stage.prompts_per_step, index)
+        good = context.demonstrations(examples, "dapo")
+    model = None if stage.data == "demos_vs_sft" else context.earlier
+    bad = _samples(context, examples, 2 * index + 1, model)
+    yield discrimination(stage.network, setup.networks[stage.network], good, bad, "sequence")
+
+
+def _samples(
+    context: Context, examples: Sequence[Example], index: int, model: nn.Module | None
+) -> Batch:
+    rollouts = context.sample(examples, index, context.stage.group_size, model=model)
+    mask = rollouts.completion_mask
+    return Batch(rollouts.prompt_ids, rollouts.completion_ids, mask, mask.float())
+
+
+def discrimination(
+    name: str, network: nn.Module, good: Batch, bad: Batch, level: Level, prefix: str = ""
+) -> Update:
+    """An update of a discriminator: each side weighs one half, by rows or by tokens."""
+
+    def side(batch: Batch, label: bool) -> Batch:
+        mask = batch.completion_mask
+        rows = torch.ones(len(mask), device=mask.device)
+        weights = (
+            losses.token_weights(mask, "dapo") if level == "token" else rows / max(len(mask), 1)
+        )
+        return Batch(*batch.completions, weights, labels=rows.bool() & label)
+
+    def loss(part: Batch) -> Values:
+        assert part.labels is not None
+        demos, samples, mask = part.labels, ~part.labels, part.completion_mask
+        masks = (
+            {"demo_mask": mask[demos], "policy_mask": mask[samples]} if level == "token" else {}
+        )
+        return over_heads(
+            part.heads(network, level),
+            lambda logits: losses.discriminator_loss(
+                logits[demos],
+                logits[samples],
+                part.weights[demos],
+                part.weights[samples],
+                **masks,
+            ),
+        )
+
+    batch = concatenate([side(good, True), side(bad, False)])
+    return Update((name,), batch, loss, per="row", prefix=prefix)

@@ -1,0 +1,130 @@
+"""What an algorithm's step can reach."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.losses import token_weights
+from fastrl.losses.reduction import Reduction
+from fastrl.rollout import RolloutEngine, Rollouts, SamplingParams
+from fastrl.train.batches import Batch, pad_batch
+from fastrl.train.data import Example, batch_indices
+from fastrl.train.rewards import Scored
+from fastrl.train.setup import Setup
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """A 31-bit seed for a named stream of a run: stages and steps draw from unrelated streams."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stage at work: its settings and seed, the run's networks, and frozen ones beside them."""
+
+    setup: Setup
+    stage: Any
+    seed: int
+    reference: nn.Module | None = None  # or the teacher
+    earlier: nn.Module | None = None
+    engines: dict[int, RolloutEngine] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> nn.Module:
+        return self.setup.networks["policy"]
+
+    @property
+    def shared_prefix(self) -> bool:
+        """Whether log-probs of this stage's batches compute each prompt once."""
+        return self.setup.shared_prefix
+
+    def draw(
+        self, examples: Sequence[Example], count: int, index: int, stream: str = ""
+    ) -> list[Example]:
+        """The examples of step `index`; every one is used once per epoch."""
+        seed = stream_seed(self.seed, stream) if stream else self.seed
+        return [examples[i] for i in batch_indices(len(examples), count, index, seed)]
+
+    def demonstrations(self, chosen: Sequence[Example], reduction: Reduction) -> Batch:
+        """Examples with a completion as a batch."""
+        prompts = [e.prompt_ids for e in chosen]
+        completions = [e.completion_ids or [] for e in chosen]
+        prompts, ids, mask = pad_batch(prompts, completions, self.setup.device)
+        return Batch(prompts, ids, mask, self.token_weights(mask, reduction))
+
+    def token_weights(self, mask: Tensor, reduction: Reduction) -> Tensor:
+        """`fastrl.losses.token_weights` with the recipe's limit of completions."""
+        limit = self.setup.config.max_completion_length
+        return token_weights(mask, reduction, max_completion_length=limit)
+
+    def sample(
+        self,
+        examples: Sequence[Example],
+        index: int,
+        group_size: int = 1,
+        *,
+        model: nn.Module | None = None,
+        greedy: bool = False,
+    ) -> Rollouts:
+        """Completions of the policy, or of another model; `index` seeds them."""
+        stage = self.stage
+        sampling = SamplingParams(
+            temperature=0.0 if greedy else stage.temperature,
+            top_k=0 if greedy else getattr(stage, "top_k", 0),
+            top_p=1.0 if greedy else getattr(stage, "top_p", 1.0),
+            min_p=0.0 if greedy else getattr(stage, "min_p", 0.0),
+            max_new_tokens=self.setup.config.max_completion_length,
+            eos_token_id=self.setup.tokenizer.eos_token_id,
+            # Streams must differ between steps of one run and between runs of neighbouring seeds.
+            seed=(self.seed << 32) + index,
+        )
+        prompts = [e.prompt_ids for e in examples]
+        return self._engine(model).generate(prompts, group_size, sampling)
+
+    def _engine(self, model: nn.Module | None) -> RolloutEngine:
+        if model is None:
+            return self.setup.engine
+        if id(model) not in self.engines:
+            self.engines[id(model)] = RolloutEngine(
+                model, self.setup.tokenizer, max_rows=self.setup.config.rollout_rows
+            )
+        self.engines[id(model)].weights_changed()
+        return self.engines[id(model)]
+
+    def score(self, examples: Sequence[Example], rollouts: Rollouts) -> Scored | None:
+        """What the recipe's reward functions, if any, give to groups of completions."""
+        if not self.setup.rewards.functions:
+            return None
+        return self.setup.rewards.score_rollouts(examples, rollouts, self.setup.tokenizer)
+
+    def rewards(
+        self, source: str, batch: Batch, scored: Scored | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The rewards `[B]` that a stage optimises, and their metrics.
+
+        A learned reward is compared with that of the functions, which it does not see.
+        """
+        if source == "functions":
+            assert scored is not None
+            return self.column(scored.total), {}
+        size = self.stage.micro_batch_size
+        learned = batch.frozen_scores(self.setup.networks[source], size)
+        return learned, self.compared(learned, scored)
+
+    def compared(self, learned: Tensor, scored: Scored | None) -> dict[str, float]:
+        """The correlation of learned rewards with those of the functions."""
+        if scored is None:
+            return {}
+        gold = self.column(scored.total)
+        both = torch.stack([learned, gold])
+        known = float(both.std(-1).min()) > 0
+        correlation = float(torch.corrcoef(both)[0, 1]) if known else 0.0
+        return {"gold_reward": float(gold.mean()), "gold_correlation": correlation}
+
+    def column(self, values: Sequence[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A number for each row, as a tensor."""
+        return torch.tensor(values, dtype=dtype, device=self.setup.device)

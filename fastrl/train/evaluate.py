@@ -1,0 +1,68 @@
+"""Held-out figures."""
+
+from typing import Any
+
+import torch
+
+from fastrl.rollout import SamplingParams
+from fastrl.train.algorithms import Context, demonstration_loss, ranking_loss, rankings
+from fastrl.train.rewards import Scored
+from fastrl.train.stages import SFT, Reward
+
+
+@torch.no_grad()
+def evaluate(context: Context) -> tuple[dict[str, float], Scored | None]:
+    """Held-out figures of what a stage trains, and the completions that they come from.
+
+    Of the policy reward and accuracy of greedy completions, and for sft the NLL; accuracy is the
+    share of completions that the first reward function gives at least 1. Of a reward model the
+    share of held-out rankings whose best completion it prefers to the worst.
+    """
+    setup, stage = context.setup, context.stage
+    metrics: dict[str, float] = {}
+    scored = None
+    if not setup.held_out:
+        return metrics, scored
+    for network in setup.networks.values():
+        network.eval()
+    if isinstance(stage, SFT) and all(e.completion_ids for e in setup.held_out):
+        metrics["eval/nll"] = _nll(context)
+    if isinstance(stage, Reward) and all(e.ranked_ids for e in setup.held_out):
+        metrics["eval/pair_accuracy"] = _pair_accuracy(context)
+    if stage.trains_policy and setup.rewards.functions:
+        greedy = SamplingParams(
+            temperature=0.0,
+            max_new_tokens=setup.config.max_completion_length,
+            eos_token_id=setup.tokenizer.eos_token_id,
+        )
+        rollouts = setup.engine.generate([e.prompt_ids for e in setup.held_out], 1, greedy)
+        scored = setup.rewards.score_rollouts(setup.held_out, rollouts, setup.tokenizer)
+        first = next(iter(scored.parts.values()))
+        metrics["eval/reward"] = sum(scored.total) / len(scored.total)
+        metrics["eval/accuracy"] = sum(s >= 1 - 1e-6 for s in first) / len(first)
+    for network in setup.networks.values():
+        network.train()
+    return metrics, scored
+
+
+def _nll(context: Context) -> float:
+    stage: Any = context.stage
+    batch = context.demonstrations(context.setup.held_out, stage.reduction)
+    nll = sum(
+        float(demonstration_loss(context.policy, stage, part)[1]["nll"])
+        * int(part.completion_mask.sum())
+        for part in batch.micro_batches(stage.micro_batch_size)
+    )
+    return nll / int(batch.completion_mask.sum())
+
+
+def _pair_accuracy(context: Context) -> float:
+    stage: Reward = context.stage
+    held_out = context.setup.held_out
+    margin = stage.margin if all(stage.margin in e.columns for e in held_out) else None
+    batch = rankings(context, held_out, margin)
+    right = sum(
+        float(ranking_loss(context, part)[1]["accuracy"]) * len(part.prompt_ids)
+        for part in batch.micro_batches(stage.micro_batch_size)
+    )
+    return right / len(batch.prompt_ids)

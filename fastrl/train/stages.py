@@ -1,0 +1,428 @@
+"""The stages of a run: one class of settings for each family of algorithms."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from fastrl.losses.reduction import Reduction
+from fastrl.train.section import Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
+
+
+class Optimizer(Section):
+    """AdamW with gradient clipping, linear warm-up and a decay to `final_lr_fraction` of `lr`."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_fraction: float = Field(0.1, ge=0, le=1)
+
+
+class Stage(Section):
+    """What all algorithms share. A stage is one algorithm run for a number of optimizer steps."""
+
+    algorithm: str
+    steps: int = Field(ge=1)
+    optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
+    micro_batch_size: int = Field(
+        64,
+        ge=1,
+        description="completions per forward and backward pass; with model.shared_prefix a group "
+        "is split only where it is larger",
+    )
+    eval_every: int = Field(50, ge=1)
+
+    demonstrations: ClassVar[bool] = False  # it reads the data's completions
+    rankings: ClassVar[bool] = False  # it reads completions that are ranked: chosen, rejected
+    trains_policy: ClassVar[bool] = True
+
+    @property
+    def scorers(self) -> dict[str, int]:
+        """The scoring models that it trains, and their numbers of heads."""
+        return {}
+
+    @property
+    def reference(self) -> bool:
+        """Whether it compares with the policy as it was when the stage began."""
+        return False
+
+    @property
+    def needs_earlier(self) -> bool:
+        """Whether it needs the policy as it was when the stage `earlier`, or the first, began."""
+        return False
+
+    @property
+    def earlier(self) -> str | None:
+        return None
+
+    @property
+    def reward_from(self) -> str | None:
+        """Where its rewards come from: `functions`, or a scoring model; None needs none."""
+        return None
+
+
+class SFT(Stage):
+    """Likelihood of demonstrations; see `fastrl.losses.sft_loss`."""
+
+    algorithm: Literal["sft"] = "sft"
+    batch_size: int = Field(64, ge=1, description="demonstrations per optimizer step")
+    reduction: Reduction = "dapo"
+    demonstrations: ClassVar[bool] = True
+
+
+class IQLearn(SFT):
+    """Inverse soft Q-learning on demonstrations alone; see `fastrl.losses.iqlearn_loss`."""
+
+    algorithm: Literal["iqlearn"] = "iqlearn"  # type: ignore[assignment]
+    alpha: float = Field(1.0, gt=0, description="larger is nearer to sft")
+    gamma: float = Field(1.0, gt=0, le=1)
+
+
+class Reward(Stage):
+    """A reward model from ranked completions; see `fastrl.losses.bradley_terry_loss`."""
+
+    algorithm: Literal["reward"] = "reward"
+    batch_size: int = Field(32, ge=1, description="rankings per optimizer step")
+    loss: Literal["bradley_terry", "classification", "plackett_luce"] = "bradley_terry"
+    centering: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    margin: str | None = Field(None, description="a column of margins, for bradley_terry")
+    heads: int = Field(1, ge=1, description="more are an ensemble on one backbone")
+    network: str = Field("reward", pattern=r"^[a-z][a-z0-9_]*$", description="its name in the run")
+    rankings: ClassVar[bool] = True
+    trains_policy: ClassVar[bool] = False
+
+    @property
+    def scorers(self) -> dict[str, int]:
+        return {self.network: self.heads}
+
+
+class Sampled(Stage):
+    """What the algorithms that learn from the policy's own samples share."""
+
+    prompts_per_step: int = Field(16, ge=1)
+    group_size: int = Field(8, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    reward: str = Field("functions", description="functions, or a scoring model trained before")
+
+    @property
+    def reward_from(self) -> str | None:
+        return self.reward
+
+
+class AfD(Sampled):
+    """A reward model that tells demonstrations from samples once; source: 2405.15624."""
+
+    algorithm: Literal["afd"] = "afd"
+    data: Literal["demos_vs_initial", "demos_vs_sft", "sft_vs_initial"] = "sft_vs_initial"
+    initial: str | None = Field(
+        None, description="the stage before which the policy was initial; default: the first"
+    )
+    heads: int = Field(1, ge=1)
+    network: str = Field("reward", pattern=r"^[a-z][a-z0-9_]*$")
+    demonstrations: ClassVar[bool] = True
+    trains_policy: ClassVar[bool] = False
+
+    @property
+    def scorers(self) -> dict[str, int]:
+        return {self.network: self.heads}
+
+    @property
+    def needs_earlier(self) -> bool:
+        return self.data != "demos_vs_sft"
+
+    @property
+    def earlier(self) -> str | None:
+        return self.initial
+
+    @property
+    def reward_from(self) -> str | None:
+        return None
+
+
+class PolicyGradient(Sampled):
+    """Clipped policy gradients; see `fastrl.losses.policy_loss` for the coefficients."""
+
+    updates_per_batch: int = Field(
+        1, ge=1, description="optimizer updates on each batch of rollouts"
+    )
+    loss: Literal["clip", "gspo", "cispo", "sapo", "gmpo", "clip_cov", "kl_cov"] = "clip"
+    ratio_level: Literal["token", "sequence", "sequence_token", "sequence_sum"] = "token"
+    eps_low: float = Field(0.2, ge=0, le=1)
+    eps_high: float = Field(0.2, ge=0)
+    dual_clip: float | None = Field(None, gt=1)
+    max_ratio: float = Field(5.0, gt=0, description="CISPO's bound of the importance ratio")
+    tau_pos: float = Field(1.0, gt=0, description="SAPO's temperature where the advantage is > 0")
+    tau_neg: float = Field(1.05, gt=0, description="and where it is below")
+    cov_fraction: float = Field(2e-4, gt=0, lt=1, description="tokens that clip_cov, kl_cov select")
+    kl_cov_coef: float = Field(1.0, gt=0)
+    kl_coef: float = Field(0.0, ge=0)
+    kl_estimator: KLEstimator = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy_coef: float = Field(0.0, ge=0)
+    reduction: Reduction = "dapo"
+    mismatch: (
+        Literal[
+            "token_truncate",
+            "token_mask",
+            "sequence_truncate",
+            "sequence_mask",
+            "geometric_mask",
+            "icepop",
+        ]
+        | None
+    ) = Field(None, description="correction of sampler and trainer that disagree")
+    mismatch_low: float | None = Field(None, ge=0)
+    mismatch_high: float | None = Field(None, gt=0)
+    overlong_buffer: int = Field(
+        0, ge=0, description="tokens before the limit over which a penalty of 0 to -1 grows (DAPO)"
+    )
+
+    @property
+    def reference(self) -> bool:
+        return self.kl_coef > 0
+
+    @model_validator(mode="after")
+    def _effective(self):
+        for key, losses in ONLY_WITH.items():
+            given, default = getattr(self, key), type(self).model_fields[key].default
+            if given != default and self.loss not in losses:
+                raise ValueError(
+                    f"{key}={given!r} has no effect with loss={self.loss!r}; it belongs to "
+                    f"{', '.join(losses)}"
+                )
+        if self.mismatch is None and (self.mismatch_low, self.mismatch_high) != (None, None):
+            raise ValueError("mismatch_low and mismatch_high need mismatch")
+        if self.kl_in == "reward" and self.kl_coef and self.kl_estimator != "k1":
+            raise ValueError(f"kl_in=reward needs kl_estimator=k1, got {self.kl_estimator!r}")
+        return self
+
+
+# Settings of one policy loss alone.
+ONLY_WITH = {
+    "ratio_level": ("clip",),
+    "dual_clip": ("clip",),
+    "max_ratio": ("cispo",),
+    "tau_pos": ("sapo",),
+    "tau_neg": ("sapo",),
+    "cov_fraction": ("clip_cov", "kl_cov"),
+    "kl_cov_coef": ("kl_cov",),
+}
+
+
+class GRPO(PolicyGradient):
+    """Policy gradients whose baseline comes from other completions, not from a critic."""
+
+    algorithm: Literal[
+        "grpo",
+        "dapo",
+        "dr_grpo",
+        "rloo",
+        "reinforce++",
+        "reinforce++_baseline",
+        "remax",
+        "opo",
+        "maxrl",
+        "gspo",
+        "cispo",
+        "sapo",
+        "gmpo",
+        "clip_cov",
+        "kl_cov",
+    ] = "grpo"
+    advantage: Literal[
+        "grpo", "rloo", "reinforce++", "reinforce++_baseline", "remax", "opo", "maxrl"
+    ] = "grpo"
+    scale_advantages: bool = True
+    dynamic_sampling: int = Field(
+        1, ge=1, description="batches sampled until enough groups have rewards that differ (DAPO)"
+    )
+
+    @model_validator(mode="after")
+    def _group(self):
+        alone = ("reinforce++", "remax")
+        if self.group_size < 2 and self.advantage not in alone:
+            raise ValueError(
+                f"group_size={self.group_size} must be at least 2 for "
+                f"advantage={self.advantage!r}, which compares completions of a prompt"
+            )
+        return self
+
+
+class PPO(PolicyGradient):
+    """Policy gradients with a critic; see `fastrl.losses.gae_advantages`, `value_loss`."""
+
+    algorithm: Literal["ppo"] = "ppo"
+    group_size: int = Field(1, ge=1)
+    prompts_per_step: int = Field(128, ge=1)
+    updates_per_batch: int = Field(2, ge=1)
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    kl_in: Literal["loss", "reward"] = "reward"
+    kl_estimator: KLEstimator = "k1"
+    value_clip: float | None = Field(0.2, gt=0)
+    normalize_advantages: bool = True
+    critic_optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
+    critic_warmup: int = Field(0, ge=0, description="steps before the policy begins to learn")
+
+    @property
+    def scorers(self) -> dict[str, int]:
+        return {"critic": 1}
+
+
+class Adversarial(GRPO):
+    """Policy against discriminator: GAIL, AIRL or FAIRL by `fastrl.losses.imitation_rewards`."""
+
+    algorithm: Literal["gail", "airl", "fairl"] = "gail"  # type: ignore[assignment]
+    reward: Literal["gail", "gail_saturating", "airl", "fairl"] = "gail"  # type: ignore[assignment]
+    level: Literal["sequence", "token"] = "sequence"
+    demonstrations_per_step: int = Field(64, ge=1)
+    discriminator_updates: int = Field(1, ge=1)
+    discriminator_optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
+    max_logit: float = Field(20.0, gt=0)
+    demonstrations: ClassVar[bool] = True
+
+    @property
+    def scorers(self) -> dict[str, int]:
+        return {"discriminator": 1}
+
+    @property
+    def reward_from(self) -> str | None:
+        return None
+
+    @model_validator(mode="after")
+    def _level(self):
+        if self.level == "token" and self.advantage not in ("grpo", "reinforce++"):
+            raise ValueError(
+                f"level=token has rewards for tokens, which advantage={self.advantage!r} has not "
+                "a rule for; use grpo or reinforce++"
+            )
+        return self
+
+
+class Preference(Stage):
+    """The DPO family, on ranked data or on the policy's own samples."""
+
+    algorithm: Literal["dpo", "ipo", "slic", "robust_dpo", "exo", "rpo", "kto", "simpo", "orpo"] = (
+        "dpo"
+    )
+    batch_size: int = Field(32, ge=1, description="pairs per optimizer step")
+    beta: float = Field(0.1, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    gamma: float = Field(1.0, ge=0, description="SimPO's target margin")
+    nll_coef: float = Field(1.0, ge=0, description="weight of the chosen's likelihood: rpo, orpo")
+    pairs: Literal["data", "samples"] = Field(
+        "data", description="samples: best against worst of group_size own samples, by reward"
+    )
+    group_size: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    reference_every: int | None = Field(
+        None, ge=1, description="steps after which the policy becomes its own reference"
+    )
+
+    @property
+    def rankings(self) -> bool:  # type: ignore[override]
+        return self.pairs == "data"
+
+    @property
+    def reference(self) -> bool:
+        return self.algorithm not in ("simpo", "orpo")
+
+    @property
+    def reward_from(self) -> str | None:
+        return "functions" if self.pairs == "samples" else None
+
+
+class SPIN(Stage):
+    """Demonstrations against the policy's own samples; see `fastrl.losses.spin_loss`."""
+
+    algorithm: Literal["spin"] = "spin"
+    batch_size: int = Field(32, ge=1, description="demonstrations per optimizer step")
+    lam: float = Field(0.1, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    reference_every: int = Field(
+        50, ge=1, description="steps of an iteration, after which the policy plays a newer self"
+    )
+    demonstrations: ClassVar[bool] = True
+
+    @property
+    def reference(self) -> bool:
+        return True
+
+
+class Distillation(Sampled):
+    """A teacher's distribution on the policy's own samples; `fastrl.losses.distillation_loss`."""
+
+    algorithm: Literal["distillation"] = "distillation"
+    beta: float = Field(1.0, ge=0, le=1, description="0 forward KL, 1 reverse KL, else between")
+    teacher: str | None = Field(
+        None,
+        description="a model's directory or hub id; default: the policy as the stage before left "
+        "it, which the initial policy then learns from",
+    )
+    group_size: int = Field(1, ge=1)
+    reduction: Reduction = "dapo"
+
+    @property
+    def reference(self) -> bool:
+        return self.teacher is None
+
+    @property
+    def reward_from(self) -> str | None:
+        return None
+
+
+class RAFT(Sampled):
+    """Likelihood of the best of each group of samples; source: 2304.06767."""
+
+    algorithm: Literal["raft"] = "raft"
+    reduction: Reduction = "dapo"
+
+
+# Settings that an algorithm's name stands for; what the recipe gives comes first.
+PRESETS: dict[str, dict[str, Any]] = {
+    "dapo": {"eps_high": 0.28, "dynamic_sampling": 4},
+    "dr_grpo": {"scale_advantages": False, "reduction": "dr_grpo"},
+    "rloo": {"advantage": "rloo", "ratio_level": "sequence_sum", "reduction": "sequence_sum"},
+    "reinforce++": {"advantage": "reinforce++", "kl_in": "reward", "kl_estimator": "k1"},
+    "reinforce++_baseline": {"advantage": "reinforce++_baseline"},
+    "remax": {"advantage": "remax", "group_size": 1},
+    "opo": {"advantage": "opo"},
+    "maxrl": {"advantage": "maxrl"},
+    "gspo": {"loss": "gspo", "eps_low": 3e-4, "eps_high": 4e-4, "reduction": "grpo"},
+    "cispo": {"loss": "cispo"},
+    "sapo": {"loss": "sapo"},
+    "gmpo": {"loss": "gmpo", "eps_low": 0.4, "eps_high": 0.4, "reduction": "grpo"},
+    "clip_cov": {"loss": "clip_cov"},
+    "kl_cov": {"loss": "kl_cov"},
+    "airl": {"reward": "airl"},
+    "fairl": {"reward": "fairl"},
+    "simpo": {"beta": 2.0},
+}
+FAMILIES: tuple[type[Stage], ...] = (
+    SFT,
+    IQLearn,
+    Reward,
+    AfD,
+    GRPO,
+    PPO,
+    Adversarial,
+    Preference,
+    SPIN,
+    Distillation,
+    RAFT,
+)
+ALGORITHMS: dict[str, type[Stage]] = {
+    name: family
+    for family in FAMILIES
+    for name in family.model_fields["algorithm"].annotation.__args__  # type: ignore[union-attr]
+}
