@@ -13,6 +13,7 @@ import torch
 from fastrl import losses, train
 from fastrl.models import completion_logprobs, load_model
 from fastrl.train import loop
+from fastrl.train.algorithms import Context
 from fastrl.train.checkpoints import Progress
 from fastrl.train.optimizer import Optimizer
 
@@ -95,7 +96,7 @@ def trl_trainer(setup, tmp_path_factory):
     from datasets import Dataset
 
     folder = tmp_path_factory.mktemp("trl")
-    setup.model.save_pretrained(folder / "model")
+    setup.policy.save_pretrained(folder / "model")
     args = trl.GRPOConfig(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -126,7 +127,8 @@ def test_grpo_step(benchmark, setup, trl_trainer, tmp_path):
     from transformers import TrainerCallback
 
     stage = setup.config.stages["grpo"]
-    optimizer = Optimizer(setup.model, stage.optimizer, stage.steps)
+    optimizers = {"policy": Optimizer(setup.policy, stage.optimizer, stage.steps)}
+    work = loop.Work(Context(setup, stage, seed=0), optimizers)
     progress = Progress(stage="grpo")
     ours: list[float] = []
     theirs: list[float] = []
@@ -138,7 +140,7 @@ def test_grpo_step(benchmark, setup, trl_trainer, tmp_path):
     def our_step():
         nonlocal progress
         start = time.perf_counter()
-        progress = loop._step(setup, stage, progress, optimizer, None, Silent(), tmp_path)
+        progress = loop._step(work, progress, Silent(), tmp_path)
         ours.append(time.perf_counter() - start)
 
     class Turns(TrainerCallback):
@@ -159,7 +161,7 @@ def test_grpo_step(benchmark, setup, trl_trainer, tmp_path):
         "ours_ms": 1e3 * mine,
         "trl_ms": 1e3 * trl,
         "ratio": trl / mine,
-        "parameters": sum(p.numel() for p in setup.model.parameters()),
+        "parameters": sum(p.numel() for p in setup.policy.parameters()),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

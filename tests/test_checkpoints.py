@@ -47,10 +47,10 @@ def test_resume_is_exact(recipe, tmp_path, name, monkeypatch):
     for stop_at in (1, 2, 5):
         folder = tmp_path / f"stopped{stop_at}"
 
-        def stopping(setup, stage, progress, *rest, stop_at=stop_at):
+        def stopping(work, progress, *rest, stop_at=stop_at):
             if progress.step == stop_at:
                 raise KeyboardInterrupt
-            return step(setup, stage, progress, *rest)
+            return step(work, progress, *rest)
 
         monkeypatch.setattr(loop, "_step", stopping)
         with pytest.raises(KeyboardInterrupt):
@@ -110,16 +110,16 @@ def test_a_damaged_reference_is_refused(recipe, tmp_path, monkeypatch):
     config = variant(recipe, "kl")
     step = loop._step
 
-    def stopping(setup, stage, progress, *rest):
+    def stopping(work, progress, *rest):
         if progress.step == 5:
             raise KeyboardInterrupt
-        return step(setup, stage, progress, *rest)
+        return step(work, progress, *rest)
 
     monkeypatch.setattr(loop, "_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         train.run(config, tmp_path / "run")
-    (tmp_path / "run" / "reference-grpo" / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match=r"cannot read .*reference-grpo"):
+    (tmp_path / "run" / "begin-grpo" / "policy.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=r"cannot read .*begin-grpo"):
         train.resume(tmp_path / "run")
 
 
@@ -175,11 +175,11 @@ def test_damaged_checkpoints_are_refused(recipe, tmp_path):
     config = parse_config(recipe)
     run = train.run(config, tmp_path / "run")
     newest = checkpoints.latest(run)
-    path = newest / "model.safetensors"
+    path = newest / "policy.safetensors"
     content = path.read_bytes()
     for broken, message in (
-        (content[:-10], "is truncated: model.safetensors"),
-        (content[:-1] + bytes([content[-1] ^ 1]), "is damaged: model.safetensors"),
+        (content[:-10], "is truncated: policy.safetensors"),
+        (content[:-1] + bytes([content[-1] ^ 1]), "is damaged: policy.safetensors"),
     ):
         path.write_bytes(broken)
         with pytest.raises(CheckpointError, match=message):

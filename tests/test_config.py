@@ -58,7 +58,7 @@ def test_overrides(tmp_path, recipe):
         (
             ("stages", "grpo", "group_size"),
             1,
-            "stages.grpo.group_size: .*greater than or equal to 2, got 1",
+            "stages.grpo: group_size=1 must be at least 2 for advantage=.grpo.",
         ),
         (("stages", "grpo", "reduction"), "sum", "stages.grpo.reduction.*got 'sum'"),
         (("stages", "warm"), {"algorithm": "ppoo", "steps": 1}, "algorithm 'ppoo' is unknown"),

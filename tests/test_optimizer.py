@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastrl.train.config import Optimizer as OptimizerSettings
 from fastrl.train.optimizer import Optimizer, learning_rate
+from fastrl.train.stages import Optimizer as OptimizerSettings
 
 
 def test_learning_rate_by_hand():

@@ -1,6 +1,7 @@
 """Prompts computed once for their group: log-probs and gradients are those of the dense batch."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ from fastrl.kernels import GroupLayout, native
 from fastrl.models.attention import shared_attention
 from fastrl.rollout import RolloutEngine, SamplingParams
 from fastrl.train import ConfigError, loop, parse_config
+from fastrl.train.algorithms import Context
+from fastrl.train.algorithms.policy import compare, policy_loss, sample_batch
 from fastrl.train.optimizer import Optimizer
+from fastrl.train.update import accumulate
 
 needs_cpu = pytest.mark.skipif(
     native.unavailable("cpu", torch.device("cpu")) is not None, reason="no cpu kernels"
@@ -333,21 +337,12 @@ def grpo_setup(recipe, shared_prefix, **stage):
     return loop.prepare(parse_config(recipe))
 
 
-def a_batch(setup, stage, reference=None):
-    batch, _, _ = loop.grpo_batch(
-        setup.train,
-        stage,
-        0,
-        1,
-        5,
-        setup.engine,
-        setup.rewards,
-        setup.tokenizer,
-        reference,
-        setup.shared_prefix,
-    )
+def a_batch(setup, reference=None):
+    context = Context(setup, setup.config.stages["grpo"], 1, reference)
+    batch = compare(context, sample_batch(context, 0)[0])
     noise = torch.randn(len(batch.prompt_ids), generator=torch.Generator().manual_seed(0))
-    return loop.replace(batch, advantages=noise)  # rewards of an untrained model hardly differ
+    # Rewards of an untrained model hardly differ.
+    return context, replace(batch, advantages=noise)
 
 
 @pytest.mark.parametrize(
@@ -361,16 +356,19 @@ def test_a_step_is_the_same_with_and_without(recipe, size, model):
     for choice in ("off", "on"):
         setup = grpo_setup(recipe, choice, **options)
         stage = setup.config.stages["grpo"]
-        batch = a_batch(setup, stage, setup.model)
+        context, batch = a_batch(setup, setup.policy)
         with torch.no_grad():  # so that ratio and KL are not trivial
-            for p in setup.model.parameters():
+            for p in setup.policy.parameters():
                 p.mul_(1.05)
-        loss = loop.grpo_step_loss(stage, setup.shared_prefix)
-        optimizer = Optimizer(setup.model, stage.optimizer, 1)
-        metrics = loop.accumulate(
-            setup.model, batch, loss, size, optimizer, shared_prefix=setup.shared_prefix
+        optimizer = Optimizer(setup.policy, stage.optimizer, 1)
+        metrics = accumulate(
+            batch,
+            lambda part, context=context: policy_loss(context, part),
+            size,
+            [optimizer],
+            shared_prefix=setup.shared_prefix,
         )
-        trained = [p for p in setup.model.parameters() if p.requires_grad]
+        trained = [p for p in setup.policy.parameters() if p.requires_grad]
         steps.append((batch, metrics, [p.grad.clone() for p in trained]))
     (a, want, wanted), (b, got, gradients) = steps
     for name in ("old_logprobs", "ref_logprobs"):
@@ -382,9 +380,9 @@ def test_a_step_is_the_same_with_and_without(recipe, size, model):
 
 def test_micro_batches_keep_groups_together(recipe):
     setup = grpo_setup(recipe, "off")
-    batch = a_batch(setup, setup.config.stages["grpo"])  # 4 prompts x 4
+    _, batch = a_batch(setup)  # 4 prompts x 4
     prompts = [[i] for i in (1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 4, 5, 5, 5, 5, 5)]
-    batch = loop.replace(batch, prompt_ids=prompts)
+    batch = replace(batch, prompt_ids=prompts)
     rows = {n: [p.tolist() for p in batch.pieces(n, shared_prefix=True)] for n in (1, 4, 5, 16)}
     assert rows[16] == [list(range(16))]
     assert rows[5] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10], [11, 12, 13, 14, 15]]

@@ -19,9 +19,12 @@ from fastrl.train import (
     parse_config,
     tracking,
 )
+from fastrl.train.algorithms import Context, demonstrations
+from fastrl.train.algorithms.demonstrations import sft
 from fastrl.train.optimizer import Optimizer
 from fastrl.train.report import summarise, write_report
 from fastrl.train.tracking import read_jsonl
+from fastrl.train.update import accumulate
 
 
 def test_a_run_and_what_it_leaves(recipe, tmp_path):
@@ -91,14 +94,13 @@ def test_grpo_learns(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
 def test_micro_batches_do_not_change_a_step(recipe, micro_batch_size):
     setup = loop.prepare(parse_config(recipe))
-    examples = setup.train[:12]
+    stage = setup.config.stages["sft"]
+    (update,) = sft(Context(setup, stage, seed=0), 0)
 
     def gradients(size):
-        stage = setup.config.stages["sft"]
-        batch = loop.demonstrations(examples, stage, 5, setup.device)
-        optimizer = Optimizer(setup.model, stage.optimizer, 1)
-        metrics = loop.accumulate(setup.model, batch, loop.sft_step_loss, size, optimizer)
-        return metrics, [p.grad.clone() for p in setup.model.parameters()]
+        optimizer = Optimizer(setup.policy, stage.optimizer, 1)
+        metrics = accumulate(update.batch, update.loss, size, [optimizer])
+        return metrics, [p.grad.clone() for p in setup.policy.parameters()]
 
     whole, want = gradients(64)
     split, got = gradients(micro_batch_size)
@@ -110,16 +112,15 @@ def test_micro_batches_do_not_change_a_step(recipe, micro_batch_size):
 
 def test_non_finite_steps_are_skipped_counted_and_saved(recipe, tmp_path, monkeypatch):
     recipe["stages"] = {"sft": {"steps": 8, "batch_size": 8, "optimizer": {"lr": 1e-2}}}
-    real = loop.sft_step_loss
+    real = demonstrations.demonstration_loss
     calls = []
 
-    def poisoned(model, batch):
-        loss, metrics = real(model, batch)
+    def poisoned(model, stage, batch):
+        loss, metrics = real(model, stage, batch)
         calls.append(1)
         return (loss * float("nan") if len(calls) in bad else loss), metrics
 
-    monkeypatch.setattr(loop, "sft_step_loss", poisoned)
-    monkeypatch.setattr(loop, "evaluate", lambda *_: ({}, None))
+    monkeypatch.setattr(demonstrations, "demonstration_loss", poisoned)
     bad = {2, 3, 5}
     run = train.run(parse_config(recipe), tmp_path / "a")
     assert [r["skipped"] for r in steady(run)] == [0, 1, 2, 2, 3, 3, 3, 3]
@@ -134,7 +135,7 @@ def test_non_finite_steps_are_skipped_counted_and_saved(recipe, tmp_path, monkey
     bad = {4, 5, 6}
     with pytest.raises(TrainingError, match="3 steps in a row had a non-finite loss"):
         train.run(parse_config(recipe), tmp_path / "b")
-    kept = load_file(checkpoints.latest(tmp_path / "b") / "model.safetensors")
+    kept = load_file(checkpoints.latest(tmp_path / "b") / "policy.safetensors")
     assert all(torch.isfinite(w).all() for w in kept.values())
 
 
@@ -173,7 +174,7 @@ def test_an_existing_run_folder_is_left_alone(recipe, tmp_path):
 
 def test_bfloat16_leaves_rotary_frequencies_in_float32(recipe):
     recipe["model"]["dtype"] = "bfloat16"
-    model = loop.prepare(parse_config(recipe)).model
+    model = loop.prepare(parse_config(recipe)).policy
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in model.buffers()} == {torch.float32}
 

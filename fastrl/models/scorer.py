@@ -20,7 +20,7 @@ from fastrl.models.logprobs import pad_rows
 Level = Literal["sequence", "token", "state"]
 
 
-def scorer_class(model: nn.Module) -> type[PreTrainedModel]:
+def scorer_class(model: nn.Module) -> Any:
     """The sequence classifier that transformers pairs with a model's config.
 
     Raises `ValueError` for a model that has none.
@@ -54,7 +54,7 @@ def build_scorer(model: nn.Module, pad_token_id: int, *, heads: int = 1, seed: i
         scorer: Any = kind(config)
         scorer.score.weight.data.normal_(std=scorer.score.weight.shape[1] ** -0.5)
     if isinstance(model, PeftModel):
-        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+        model = copy.deepcopy(model).merge_and_unload()
     scorer.base_model.load_state_dict(backbone(model).state_dict())
     scorer.to(parameter.device)
     for p in scorer.parameters():  # buffers, such as rotary frequencies, stay float32

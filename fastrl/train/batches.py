@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,17 @@ class Batch:
     labels: Tensor | None = None  # [B] bool: demonstration, or desirable
     margins: Tensor | None = None  # [B]
 
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor that the batch has to have by now."""
+        value = getattr(self, name)
+        if value is None:
+            raise KeyError(f"the batch has no {name}")
+        return value
+
     def select(self, rows: Tensor) -> "Batch":
         """The given rows, without the padding that none of them needs."""
         steps = int(self.completion_mask[rows].sum(-1).max()) if len(rows) else 0
-        tensors = {
+        tensors: dict[str, Any] = {
             name: value[rows] if value.dim() == 1 else value[rows, :steps]
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
@@ -94,9 +102,7 @@ class Batch:
     ) -> LogProbs:
         """Log-probs `[B, T]` of the completions; with shared_prefix from prompts computed once."""
         if shared_prefix:
-            return group_logprobs(
-                model, self.completions, temperature=temperature, entropy=entropy
-            )
+            return group_logprobs(model, self.completions, temperature=temperature, entropy=entropy)
         return completion_logprobs(
             model, *self.completions, temperature=temperature, entropy=entropy
         )
@@ -150,7 +156,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     steps = max(b.completion_ids.shape[1] for b in batches)
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name, value in vars(batches[0]).items():
         if isinstance(value, Tensor):
             parts = [getattr(b, name) for b in batches]

@@ -96,7 +96,9 @@ def load_examples(
     rankings = any(stage.rankings for stage in stages)
     limit = config.data.demonstrations or len(train)
     examples = [
-        _example(r, f"{source}, row {i}", config, tokenizer, demonstrations and i <= limit, rankings)
+        _example(
+            r, f"{source}, row {i}", config, tokenizer, demonstrations and i <= limit, rankings
+        )
         for i, r in enumerate(train, 1)
     ]
     held = [

@@ -34,10 +34,10 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
     """Train as the recipe says; returns the run folder (default `runs/<name>-seed<seed>-<time>`).
 
     The folder holds config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and, at the end, final/
-    (the policy in Hugging Face format) and final-NAME/ of each scoring model. Raises `ConfigError`, `DataError`, `RewardError` or
-    `ValueError` for settings that cannot work, before the folder is made; `CheckpointError` for a
-    folder that exists or a disk that is full; `TrainingError` after three non-finite steps in a
-    row.
+    (the policy in Hugging Face format) and final-NAME/ of each scoring model. Raises `ConfigError`,
+    `DataError`, `RewardError` or `ValueError` for settings that cannot work, before the folder is
+    made; `CheckpointError` for a folder that exists or a disk that is full; `TrainingError` after
+    three non-finite steps in a row.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = (
@@ -119,9 +119,7 @@ class Work:
         return out
 
 
-def _begin(
-    setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path | None
-) -> Work:
+def _begin(setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path | None) -> Work:
     """A stage's networks, frozen policies and optimizers, new or as a checkpoint left them."""
     seed = stream_seed(setup.config.seed, name)
     if checkpoint is None:
@@ -134,7 +132,8 @@ def _begin(
             )
     reference = earlier = None
     if isinstance(stage, Distillation) and stage.teacher is not None:
-        reference = _frozen(models.load_model(stage.teacher).to(setup.device))
+        teacher: nn.Module = models.load_model(stage.teacher)
+        reference = _frozen(teacher.to(setup.device))
     elif stage.reference:
         reference = _as_it_was(setup, folder, name)
     origin = _earlier(setup.config, name)

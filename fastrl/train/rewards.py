@@ -55,5 +55,3 @@ class RewardSum:
         weights = [reward.weight for _, reward in self.functions.values()]
         total = [sum(map(mul, weights, scores)) for scores in zip(*parts.values(), strict=True)]
         return Scored(prompts, texts, total, parts)
-
-

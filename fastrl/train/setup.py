@@ -19,7 +19,6 @@ from fastrl.train.rewards import RewardSum
 from fastrl.train.stages import SPIN, PolicyGradient, Preference
 from fastrl.train.tracking import check_trackers
 
-
 # The stages whose log-probs are of groups that have a prompt in common.
 SHARED = (PolicyGradient, Preference, SPIN)
 

@@ -112,11 +112,6 @@ class Sampled(Stage):
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
-    reward: str = Field("functions", description="functions, or a scoring model trained before")
-
-    @property
-    def reward_from(self) -> str | None:
-        return self.reward
 
 
 class AfD(Sampled):
@@ -144,12 +139,22 @@ class AfD(Sampled):
     def earlier(self) -> str | None:
         return self.initial
 
+
+class Rewarded(Sampled):
+    """What the algorithms whose samples are rewarded share."""
+
+    reward: str = Field("functions", description="functions, or a scoring model trained before")
+    reduction: Reduction = "dapo"
+    overlong_buffer: int = Field(
+        0, ge=0, description="tokens before the limit over which a penalty of 0 to -1 grows (DAPO)"
+    )
+
     @property
     def reward_from(self) -> str | None:
-        return None
+        return self.reward
 
 
-class PolicyGradient(Sampled):
+class PolicyGradient(Rewarded):
     """Clipped policy gradients; see `fastrl.losses.policy_loss` for the coefficients."""
 
     updates_per_batch: int = Field(
@@ -169,7 +174,6 @@ class PolicyGradient(Sampled):
     kl_estimator: KLEstimator = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     entropy_coef: float = Field(0.0, ge=0)
-    reduction: Reduction = "dapo"
     mismatch: (
         Literal[
             "token_truncate",
@@ -183,9 +187,6 @@ class PolicyGradient(Sampled):
     ) = Field(None, description="correction of sampler and trainer that disagree")
     mismatch_low: float | None = Field(None, ge=0)
     mismatch_high: float | None = Field(None, gt=0)
-    overlong_buffer: int = Field(
-        0, ge=0, description="tokens before the limit over which a penalty of 0 to -1 grows (DAPO)"
-    )
 
     @property
     def reference(self) -> bool:
@@ -283,7 +284,7 @@ class Adversarial(GRPO):
     """Policy against discriminator: GAIL, AIRL or FAIRL by `fastrl.losses.imitation_rewards`."""
 
     algorithm: Literal["gail", "airl", "fairl"] = "gail"  # type: ignore[assignment]
-    reward: Literal["gail", "gail_saturating", "airl", "fairl"] = "gail"  # type: ignore[assignment]
+    reward: Literal["gail", "gail_saturating", "airl", "fairl"] = "gail"
     level: Literal["sequence", "token"] = "sequence"
     demonstrations_per_step: int = Field(64, ge=1)
     discriminator_updates: int = Field(1, ge=1)
@@ -376,16 +377,11 @@ class Distillation(Sampled):
     def reference(self) -> bool:
         return self.teacher is None
 
-    @property
-    def reward_from(self) -> str | None:
-        return None
 
-
-class RAFT(Sampled):
+class RAFT(Rewarded):
     """Likelihood of the best of each group of samples; source: 2304.06767."""
 
     algorithm: Literal["raft"] = "raft"
-    reduction: Reduction = "dapo"
 
 
 # Settings that an algorithm's name stands for; what the recipe gives comes first.
@@ -407,6 +403,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "airl": {"reward": "airl"},
     "fairl": {"reward": "fairl"},
     "simpo": {"beta": 2.0},
+    "exo": {"label_smoothing": 1e-3},
 }
 FAMILIES: tuple[type[Stage], ...] = (
     SFT,

@@ -97,11 +97,9 @@ def discrimination(
         return Batch(*batch.completions, weights, labels=rows.bool() & label)
 
     def loss(part: Batch) -> Values:
-        assert part.labels is not None
-        demos, samples, mask = part.labels, ~part.labels, part.completion_mask
-        masks = (
-            {"demo_mask": mask[demos], "policy_mask": mask[samples]} if level == "token" else {}
-        )
+        demos, mask = part["labels"], part.completion_mask
+        samples = ~demos
+        masks = {"demo_mask": mask[demos], "policy_mask": mask[samples]} if level == "token" else {}
         return over_heads(
             part.heads(network, level),
             lambda logits: losses.discriminator_loss(

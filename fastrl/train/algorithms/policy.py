@@ -12,7 +12,7 @@ from fastrl.train.algorithms.context import Context
 from fastrl.train.batches import Batch, concatenate
 from fastrl.train.data import Example
 from fastrl.train.rewards import Scored
-from fastrl.train.stages import GRPO, PolicyGradient
+from fastrl.train.stages import GRPO, PolicyGradient, Rewarded
 from fastrl.train.update import Update
 
 # The settings that each loss takes besides what all of them do.
@@ -47,11 +47,12 @@ def sample_groups(
     batch, examples, scored, metrics = sample_batch(context, index * tries)
     if tries == 1:
         return batch, examples, scored, metrics
-    batches, kept = [], []
+    batches: list[Batch] = []
+    kept: list[Example] = []
     for attempt in range(1, tries + 1):
-        rewards = batch.rewards
-        assert rewards is not None
-        rows = torch.nonzero(losses.informative_groups(rewards, stage.group_size)).squeeze(-1)
+        rows = torch.nonzero(losses.informative_groups(batch["rewards"], stage.group_size)).squeeze(
+            -1
+        )
         rows = rows[: wanted - len(kept)]
         batches.append(batch.select(rows))
         kept += [examples[i] for i in rows.tolist()]
@@ -68,7 +69,7 @@ def sample_batch(
     context: Context, index: int
 ) -> tuple[Batch, list[Example], Scored | None, dict[str, float]]:
     """One batch of own samples with rewards, one example for each row, the metrics of sampling."""
-    stage: PolicyGradient = context.stage
+    stage: Rewarded = context.stage
     examples = context.draw(context.setup.train, stage.prompts_per_step, index)
     rollouts = context.sample(examples, index, stage.group_size)
     scored = context.score(examples, rollouts)
@@ -133,20 +134,18 @@ def compare(context: Context, batch: Batch) -> Batch:
 def advantages(context: Context, index: int, batch: Batch, examples: list[Example]) -> Tensor:
     """Advantages `[B]`, or `[B, T]` where tokens have rewards of their own, of the stage's kind."""
     stage: GRPO = context.stage
-    rewards, mask, size = batch.rewards, batch.completion_mask, stage.group_size
-    assert rewards is not None
+    rewards, mask, size = batch["rewards"], batch.completion_mask, stage.group_size
     in_reward = stage.kl_coef if stage.kl_in == "reward" else 0.0
     if stage.advantage.startswith("reinforce++"):
         per_token = at_the_end(rewards, mask)
         if in_reward:
             per_token = losses.token_rewards(
-                rewards, batch.old_logprobs, batch.ref_logprobs, mask, kl_coef=in_reward
+                rewards, batch["old_logprobs"], batch["ref_logprobs"], mask, kl_coef=in_reward
             )
         groups = size if stage.advantage == "reinforce++_baseline" else None
         return losses.reinforce_plus_plus_advantages(per_token, mask, group_size=groups)
     if in_reward:
-        assert batch.old_logprobs is not None and batch.ref_logprobs is not None
-        gap = torch.where(mask, batch.old_logprobs - batch.ref_logprobs, 0.0)
+        gap = torch.where(mask, batch["old_logprobs"] - batch["ref_logprobs"], 0.0)
         rewards = rewards - in_reward * gap.sum(-1)
     if stage.advantage == "rloo":
         return losses.rloo_advantages(rewards, size)
@@ -174,12 +173,11 @@ def policy_updates(
 ) -> Iterator[Update]:
     """Updates of the policy on a batch that has its advantages."""
     stage: PolicyGradient = context.stage
-    assert batch.advantages is not None
     # Rows that cannot contribute are left out: their gradient is exactly zero, while the weights of
     # the others still count them.
     rows = batch.completion_mask.any(-1)
     if stage.entropy_coef == 0 and not (stage.kl_coef and stage.kl_in == "loss"):
-        by_row = batch.advantages.view(len(rows), -1)
+        by_row = batch["advantages"].view(len(rows), -1)
         rows = rows & (by_row != 0).any(-1)
     batch = batch.select(torch.nonzero(rows).squeeze(-1))
     for update in range(stage.updates_per_batch):
@@ -199,8 +197,7 @@ def selected(context: Context, batch: Batch, update: int) -> Tensor | None:
     stage: PolicyGradient = context.stage
     if stage.loss not in ("clip_cov", "kl_cov"):
         return None
-    old, advantages = batch.old_logprobs, batch.advantages
-    assert old is not None and advantages is not None
+    old, advantages = batch["old_logprobs"], batch["advantages"]
     now = old
     if update:
         now = batch.frozen_logprobs(
@@ -234,18 +231,17 @@ def policy_loss(context: Context, batch: Batch) -> tuple[Tensor, dict[str, Tenso
     )
     mask, weights, logprobs = batch.completion_mask, batch.weights, out.logprob
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-    assert batch.advantages is not None and batch.sampler_logprobs is not None
     importance = None
     if stage.mismatch is not None:
         importance = losses.mismatch_weights(
             old,
-            batch.sampler_logprobs,
+            batch["sampler_logprobs"],
             mask,
             stage.mismatch,
             low=stage.mismatch_low,
             high=stage.mismatch_high,
         )
-    given = (logprobs, old, batch.advantages, mask, weights)
+    given = (logprobs, old, batch["advantages"], mask, weights)
     if stage.loss in SETTINGS:
         settings = {name: getattr(stage, name) for name in SETTINGS[stage.loss]}
         function = losses.POLICY_LOSSES[stage.loss]
@@ -254,7 +250,7 @@ def policy_loss(context: Context, batch: Batch) -> tuple[Tensor, dict[str, Tenso
         value, metrics = losses.clip_cov_loss(
             *given,
             importance_weights=importance,
-            selected=batch.selected,
+            selected=batch["selected"],
             eps_low=stage.eps_low,
             eps_high=stage.eps_high,
         )
@@ -262,7 +258,7 @@ def policy_loss(context: Context, batch: Batch) -> tuple[Tensor, dict[str, Tenso
         value, metrics = losses.kl_cov_loss(
             *given,
             importance_weights=importance,
-            selected=batch.selected,
+            selected=batch["selected"],
             kl_coef=stage.kl_cov_coef,
         )
     if batch.ref_logprobs is not None:
@@ -274,4 +270,4 @@ def policy_loss(context: Context, batch: Batch) -> tuple[Tensor, dict[str, Tenso
     if out.entropy is not None:
         bonus, figures = losses.entropy_loss(out.entropy, mask, weights, coef=stage.entropy_coef)
         value, metrics = value + bonus, metrics | {"entropy_exact": figures["entropy"]}
-    return value, metrics | losses.mismatch_metrics(old, batch.sampler_logprobs, mask)
+    return value, metrics | losses.mismatch_metrics(old, batch["sampler_logprobs"], mask)

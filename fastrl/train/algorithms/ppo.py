@@ -19,12 +19,11 @@ def ppo(context: Context, index: int) -> Iterator[Update]:
     critic = context.setup.networks["critic"]
     batch, _, scored, metrics = sample_batch(context, index)
     batch = compare(context, batch)
-    mask, rewards = batch.completion_mask, batch.rewards
-    assert rewards is not None
+    mask, rewards = batch.completion_mask, batch["rewards"]
     per_token = at_the_end(rewards, mask)
     if stage.kl_in == "reward" and stage.kl_coef:
         per_token = losses.token_rewards(
-            rewards, batch.old_logprobs, batch.ref_logprobs, mask, kl_coef=stage.kl_coef
+            rewards, batch["old_logprobs"], batch["ref_logprobs"], mask, kl_coef=stage.kl_coef
         )
     values = batch.frozen_scores(critic, stage.micro_batch_size, "state")
     advantages, returns = losses.gae_advantages(
@@ -40,8 +39,8 @@ def ppo(context: Context, index: int) -> Iterator[Update]:
     def critic_loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return losses.value_loss(
             part.scores(critic, "state"),
-            part.old_values,
-            part.returns,
+            part["old_values"],
+            part["returns"],
             part.completion_mask,
             part.weights,
             clip=stage.value_clip,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fastrl.train.stages import SPIN, Preference
 from fastrl.train.update import Update
 
 # Names of `fastrl.losses.dpo_loss`'s variants.
-VARIANTS = {
+VARIANTS: dict[str, Any] = {
     "dpo": "sigmoid",
     "ipo": "ipo",
     "slic": "hinge",
@@ -114,8 +115,7 @@ def preference_loss(context: Context, batch: Batch, point: Tensor | None) -> Val
         return losses.orpo_loss(
             chosen, rejected, beta=stage.beta, nll_coef=stage.nll_coef, weights=weights
         )
-    assert batch.ref_logprobs is not None
-    ref_chosen, ref_rejected = sides(batch.ref_logprobs)
+    ref_chosen, ref_rejected = sides(batch["ref_logprobs"])
     given = (chosen, rejected, ref_chosen, ref_rejected)
     if stage.algorithm == "kto":
         assert point is not None
@@ -141,7 +141,9 @@ def spin(context: Context, index: int) -> Iterator[Update]:
     stage: SPIN = context.stage
     examples = context.draw(context.setup.demonstrations, stage.batch_size, index)
     rollouts = context.sample(examples, index, model=context.reference)
-    pairs = zip((e.completion_ids or [] for e in examples), rollouts.completion_lists(), strict=True)
+    pairs = zip(
+        (e.completion_ids or [] for e in examples), rollouts.completion_lists(), strict=True
+    )
     batch = Batch(
         *pad_batch(
             [e.prompt_ids for e in examples for _ in range(2)],
@@ -155,9 +157,9 @@ def spin(context: Context, index: int) -> Iterator[Update]:
 
     def loss(part: Batch) -> Values:
         logprobs = part.logprobs(context.policy, shared_prefix=context.shared_prefix).logprob
-        assert part.ref_logprobs is not None
         now, before = (
-            losses.sequence_logprobs(x, part.completion_mask) for x in (logprobs, part.ref_logprobs)
+            losses.sequence_logprobs(x, part.completion_mask)
+            for x in (logprobs, part["ref_logprobs"])
         )
         return losses.spin_loss(
             now[::2], now[1::2], before[::2], before[1::2], lam=stage.lam, weights=part.weights[::2]

@@ -21,8 +21,7 @@ def raft(context: Context, index: int) -> Iterator[Update]:
     """A step on the best completion of each group."""
     stage: RAFT = context.stage
     batch, _, scored, metrics = sample_batch(context, index)
-    assert batch.rewards is not None
-    groups = batch.rewards.view(-1, stage.group_size)
+    groups = batch["rewards"].view(-1, stage.group_size)
     start = torch.arange(len(groups), device=groups.device) * stage.group_size
     best = batch.select(start + groups.argmax(1))
     best = replace(best, weights=context.token_weights(best.completion_mask, stage.reduction))
