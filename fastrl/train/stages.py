@@ -67,6 +67,16 @@ class Stage(Section):
         return None
 
 
+def _belongs(stage: Stage, key: str, choice: str, values: tuple[str, ...]) -> None:
+    """Raise `ValueError` for a setting that the stage's choice would ignore."""
+    given, chosen = getattr(stage, key), getattr(stage, choice)
+    if given != type(stage).model_fields[key].default and chosen not in values:
+        raise ValueError(
+            f"{key}={given!r} has no effect with {choice}={chosen!r}; it belongs to "
+            f"{', '.join(values)}"
+        )
+
+
 class SFT(Stage):
     """Likelihood of demonstrations; see `fastrl.losses.sft_loss`."""
 
@@ -97,6 +107,12 @@ class Reward(Stage):
     network: str = Field("reward", pattern=r"^[a-z][a-z0-9_]*$", description="its name in the run")
     rankings: ClassVar[bool] = True
     trains_policy: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _effective(self):
+        for key in ("centering", "label_smoothing", "margin"):
+            _belongs(self, key, "loss", ("bradley_terry",))
+        return self
 
     @property
     def scorers(self) -> dict[str, int]:
@@ -195,12 +211,7 @@ class PolicyGradient(Rewarded):
     @model_validator(mode="after")
     def _effective(self):
         for key, losses in ONLY_WITH.items():
-            given, default = getattr(self, key), type(self).model_fields[key].default
-            if given != default and self.loss not in losses:
-                raise ValueError(
-                    f"{key}={given!r} has no effect with loss={self.loss!r}; it belongs to "
-                    f"{', '.join(losses)}"
-                )
+            _belongs(self, key, "loss", losses)
         if self.mismatch is None and (self.mismatch_low, self.mismatch_high) != (None, None):
             raise ValueError("mismatch_low and mismatch_high need mismatch")
         if self.kl_in == "reward" and self.kl_coef and self.kl_estimator != "k1":
@@ -212,6 +223,8 @@ class PolicyGradient(Rewarded):
 ONLY_WITH = {
     "ratio_level": ("clip",),
     "dual_clip": ("clip",),
+    "eps_low": ("clip", "gspo", "gmpo", "clip_cov"),
+    "eps_high": ("clip", "gspo", "gmpo", "clip_cov"),
     "max_ratio": ("cispo",),
     "tau_pos": ("sapo",),
     "tau_neg": ("sapo",),
@@ -329,6 +342,21 @@ class Preference(Stage):
     reference_every: int | None = Field(
         None, ge=1, description="steps after which the policy becomes its own reference"
     )
+
+    @model_validator(mode="after")
+    def _effective(self):
+        smoothed = ("dpo", "robust_dpo", "exo", "simpo")
+        for key, algorithms in (
+            ("gamma", ("simpo",)),
+            ("nll_coef", ("rpo", "orpo")),
+            ("label_smoothing", smoothed),
+        ):
+            _belongs(self, key, "algorithm", algorithms)
+        for key in ("group_size", "temperature"):
+            _belongs(self, key, "pairs", ("samples",))
+        if self.reference_every is not None and not self.reference:
+            raise ValueError(f"reference_every has no effect with algorithm={self.algorithm!r}")
+        return self
 
     @property
     def rankings(self) -> bool:  # type: ignore[override]

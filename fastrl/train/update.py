@@ -11,6 +11,7 @@ from fastrl.train.batches import Batch
 from fastrl.train.optimizer import Optimizer
 from fastrl.train.rewards import Scored
 
+Per = Literal["token", "row", "batch"]
 Loss = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -19,14 +20,14 @@ class Update:
     """What an algorithm asks for: a loss on a batch, and the networks that it trains.
 
     The loss is a sum over rows whose weights count the whole batch, so that micro-batches add up.
-    Its metrics are means over tokens or rows (`per`). `metrics` and `scored` are logged beside
-    them; `prefix` goes before the names of the update's own.
+    Its metrics are means over tokens or rows (`per`), or sums that add up to the batch's.
+    `metrics` and `scored` are logged beside them; `prefix` goes before the names of its own.
     """
 
     networks: tuple[str, ...]
     batch: Batch
     loss: Loss
-    per: Literal["token", "row"] = "token"
+    per: Per = "token"
     prefix: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     scored: Scored | None = None
@@ -39,7 +40,7 @@ def accumulate(
     optimizers: Sequence[Optimizer],
     *,
     shared_prefix: bool = False,
-    per: Literal["token", "row"] = "token",
+    per: Per = "token",
 ) -> dict[str, float]:
     """Gradients of one optimizer step, a micro-batch at a time.
 
@@ -49,6 +50,8 @@ def accumulate(
         optimizer.zero_grad()
 
     def count(part: Batch) -> float:
+        if per == "batch":
+            return 1.0
         return float(part.completion_mask.sum()) if per == "token" else len(part.prompt_ids)
 
     metrics: dict[str, float] = {}

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastrl import losses
 from fastrl.models import Level
@@ -97,19 +97,22 @@ def discrimination(
         return Batch(*batch.completions, weights, labels=rows.bool() & label)
 
     def loss(part: Batch) -> Values:
-        demos, mask = part["labels"], part.completion_mask
-        samples = ~demos
-        masks = {"demo_mask": mask[demos], "policy_mask": mask[samples]} if level == "token" else {}
-        return over_heads(
-            part.heads(network, level),
-            lambda logits: losses.discriminator_loss(
-                logits[demos],
-                logits[samples],
-                part.weights[demos],
-                part.weights[samples],
-                **masks,
-            ),
-        )
+        demos, mask, weights = part["labels"], part.completion_mask, part.weights
+        masks = {"demo_mask": mask[demos], "policy_mask": mask[~demos]} if level == "token" else {}
+
+        def head(logits: Tensor) -> Values:
+            value, _ = losses.discriminator_loss(
+                logits[demos], logits[~demos], weights[demos], weights[~demos], **masks
+            )
+            logits = logits.detach()
+            right = {"demo": logits[demos] > 0, "policy": logits[~demos] < 0}
+            metrics = {}
+            for name, rows in (("demo", demos), ("policy", ~demos)):
+                metrics[f"{name}_logit"] = (weights[rows] * logits[rows]).sum()
+                metrics[f"{name}_accuracy"] = (weights[rows] * right[name]).sum()
+            return value, metrics
+
+        return over_heads(part.heads(network, level), head)
 
     batch = concatenate([side(good, True), side(bad, False)])
-    return Update((name,), batch, loss, per="row", prefix=prefix)
+    return Update((name,), batch, loss, per="batch", prefix=prefix)

@@ -1,0 +1,245 @@
+"""Every algorithm of the trainer: what a step computes, and resuming."""
+
+import pytest
+import torch
+from runs import same, steady
+from safetensors.torch import load_file
+
+from fastrl import train
+from fastrl.models import build_scorer, completion_scores, load_scorer
+from fastrl.train import ConfigError, loop, parse_config
+from fastrl.train.algorithms import STEPS
+from fastrl.train.optimizer import Optimizer
+from fastrl.train.stages import ALGORITHMS, FAMILIES
+from fastrl.train.update import accumulate
+
+SAMPLED = {"steps": 2, "eval_every": 2, "prompts_per_step": 4, "group_size": 4}
+PAIRS = {"steps": 2, "eval_every": 2, "batch_size": 6}
+STAGES = {
+    "sft": PAIRS,
+    "iqlearn": PAIRS,
+    "reward": PAIRS | {"centering": 0.01, "label_smoothing": 0.1, "heads": 2},
+    "afd": {k: v for k, v in SAMPLED.items()} | {"data": "demos_vs_sft"},
+    "ppo": SAMPLED | {"kl_coef": 0.1},
+    "reinforce++": SAMPLED | {"kl_coef": 0.1},
+    "rloo": SAMPLED | {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
+    "grpo": SAMPLED | {"kl_coef": 0.1, "entropy_coef": 0.01, "mismatch": "token_truncate"},
+    "dapo": SAMPLED | {"overlong_buffer": 3},
+    "clip_cov": SAMPLED | {"cov_fraction": 0.2},
+    "kl_cov": SAMPLED | {"cov_fraction": 0.2},
+    "gail": SAMPLED | {"demonstrations_per_step": 6},
+    "airl": SAMPLED | {"demonstrations_per_step": 6, "level": "token"},
+    "fairl": SAMPLED | {"demonstrations_per_step": 6, "discriminator_updates": 2},
+    "spin": PAIRS,
+    "distillation": {"steps": 2, "eval_every": 2, "prompts_per_step": 8, "beta": 0.5},
+    "raft": SAMPLED,
+    **{a: PAIRS for a in ("dpo", "ipo", "slic", "exo", "rpo", "kto", "simpo", "orpo")},
+    "robust_dpo": PAIRS | {"label_smoothing": 0.1},
+    **{
+        a: SAMPLED
+        for a in [
+            "dr_grpo",
+            "reinforce++_baseline",
+            "remax",
+            "opo",
+            "maxrl",
+            "gspo",
+            "cispo",
+            "sapo",
+            "gmpo",
+        ]
+    },
+}
+
+
+def a_recipe(recipe, stages):
+    return parse_config(recipe | {"stages": stages})
+
+
+@pytest.fixture
+def varied(recipe, tmp_path, monkeypatch):
+    """A recipe whose reward differs between samples of an untrained model."""
+    (tmp_path / "varied_rewards.py").write_text(
+        "def digits(prompts, completions):\n"
+        "    return [sum(c in '0123456789' for c in text) / 5 for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recipe["rewards"] = [{"function": "varied_rewards:digits"}]
+    return recipe
+
+
+def first_updates(config, tmp_path, micro_batch_size, split):
+    """The updates of a first step, taken; gradients, losses and metrics of each.
+
+    All that a step computes without gradients takes `micro_batch_size` rows at a time, and so do
+    gradients where `split`.
+    """
+    (name, stage), *_ = config.stages.items()
+    stage = stage.model_copy(update={"micro_batch_size": micro_batch_size})
+    setup = loop.prepare(config)
+    work = loop._begin(setup, stage, name, tmp_path, None)
+    torch.manual_seed(0)
+    if work.context.reference is not None:  # so that what compares with it is not trivial
+        with torch.no_grad():
+            for p in work.context.reference.parameters():
+                p.mul_(1.05)
+    out = []
+    for update in STEPS[type(stage)](work.context, 0):
+        optimizers = [work.optimizers[n] for n in update.networks]
+        size = micro_batch_size if split else len(update.batch.prompt_ids)
+        figures = accumulate(update.batch, update.loss, max(size, 1), optimizers, per=update.per)
+        parameters = [p for n in update.networks for p in setup.networks[n].parameters()]
+        out.append((figures, [p.grad.clone() for p in parameters if p.grad is not None]))
+        for optimizer in optimizers:
+            optimizer.clip()
+            optimizer.step(0)
+        setup.engine.weights_changed()
+    return out
+
+
+def test_every_algorithm_is_tested():
+    assert set(STAGES) == set(ALGORITHMS) and set(STEPS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("algorithm", STAGES)
+def test_micro_batches_do_not_change_a_step(varied, tmp_path, algorithm):
+    config = a_recipe(varied, {algorithm: STAGES[algorithm]})
+    whole = first_updates(config, tmp_path / "a", 64, False)
+    split = first_updates(config, tmp_path / "b", 3, True)
+    assert len(whole) == len(split) >= 1
+    for (want, gradients), (got, parts) in zip(whole, split, strict=True):
+        assert got == pytest.approx(want, rel=1e-3, abs=1e-5)
+        assert any(g.abs().max() > 0 for g in gradients)
+        for a, b in zip(gradients, parts, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=2e-5)
+
+
+RUNS = {
+    "ppo": {"ppo": SAMPLED | {"steps": 4, "kl_coef": 0.1, "critic_warmup": 1}},
+    "gail": {"sft": PAIRS, "gail": SAMPLED | {"steps": 4}},
+    "spin": {"spin": PAIRS | {"steps": 4, "reference_every": 2}},
+    "own pairs": {
+        "dpo": PAIRS | {"steps": 4, "pairs": "samples", "group_size": 4, "reference_every": 3}
+    },
+    "learned reward": {
+        "sft": PAIRS,
+        "reward": PAIRS | {"heads": 2},
+        "grpo": SAMPLED | {"reward": "reward"},
+    },
+    "afd": {"sft": PAIRS, "afd": SAMPLED, "raft": SAMPLED | {"reward": "reward"}},
+    "distillation": {"sft": PAIRS, "distillation": {"steps": 3, "prompts_per_step": 4}},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_is_exact(varied, tmp_path, name, monkeypatch):
+    config = a_recipe(varied, RUNS[name])
+    whole = train.run(config, tmp_path / "whole")
+    rows = steady(whole)
+    step, last = loop._step, len(rows)
+    for stop_at in (1, last - 1):
+        folder = tmp_path / f"stopped{stop_at}"
+
+        def stopping(work, progress, *rest, stop_at=stop_at):
+            if progress.step == stop_at:
+                raise KeyboardInterrupt
+            return step(work, progress, *rest)
+
+        monkeypatch.setattr(loop, "_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, folder)
+        monkeypatch.setattr(loop, "_step", step)
+        train.resume(folder)
+        assert steady(folder) == rows
+        finals = sorted(p.name for p in whole.glob("final*"))
+        assert finals == sorted(p.name for p in folder.glob("final*"))
+        for final in finals:
+            file = f"{final}/model.safetensors"
+            assert same(load_file(folder / file), load_file(whole / file))
+
+
+def test_a_reward_model_learns_and_is_used(recipe, tmp_path):
+    stages = {
+        "sft": {"steps": 60, "batch_size": 32, "optimizer": {"lr": 1e-2}},
+        "reward": {
+            "steps": 60,
+            "batch_size": 32,
+            "loss": "bradley_terry",
+            "optimizer": {"lr": 3e-3},
+            "eval_every": 60,
+        },
+        "grpo": SAMPLED | {"steps": 1, "reward": "reward"},
+    }
+    recipe["data"]["reasoning_gym"]["ranked"] = 3
+    run = train.run(a_recipe(recipe, stages), tmp_path / "run")
+    rows = steady(run)
+    assert rows[119]["accuracy"] > 0.85 and rows[119]["eval/pair_accuracy"] > 0.6
+    assert {"gold_reward", "gold_correlation", "reward"} <= rows[120].keys()
+    scorer = load_scorer(str(run / "final-reward"))
+    ids = torch.tensor([[4, 1, 0], [5, 6, 1]])
+    mask = torch.tensor([[True, True, False], [True] * 3])
+    scores = completion_scores(scorer, [[4, 5], [6]], ids, mask)
+    assert scores.shape == (2,) and scores.dtype == torch.float32
+
+
+def test_dynamic_sampling_goes_on_until_groups_differ(recipe, tmp_path, monkeypatch):
+    (tmp_path / "rare_rewards.py").write_text(
+        "def rare(prompts, completions):\n"
+        "    return [float(text.startswith('3')) for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recipe["rewards"] = [{"function": "rare_rewards:rare"}]
+    stages = {"dapo": SAMPLED | {"dynamic_sampling": 8, "steps": 3}}
+    rows = steady(train.run(a_recipe(recipe, stages), tmp_path / "run"))
+    assert max(r["sampled_batches"] for r in rows) > 1
+
+
+def test_scores_are_independent_of_padding_and_read_where_they_should(model, tokenizer):
+    scorer = build_scorer(model, tokenizer.pad_token_id, heads=2).eval()
+    prompts = [[4, 5, 6], [7], [8, 9]]
+    ids = torch.tensor([[10, 1, 99], [11, 12, 1], [99, 99, 99]]).clamp(max=16)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    scores = completion_scores(scorer, prompts, ids, mask)
+    tokens = completion_scores(scorer, prompts, ids, mask, level="token")
+    states = completion_scores(scorer, prompts, ids, mask, level="state")
+    assert scores.shape == (3, 2) and tokens.shape == states.shape == (3, 3, 2)
+    rows = [p + i[m].tolist() for p, i, m in zip(prompts, ids, mask, strict=True)]
+    for i, row in enumerate(rows):
+        hidden = scorer.base_model(input_ids=torch.tensor([row])).last_hidden_state[0]
+        each, start = scorer.score(hidden), len(prompts[i])
+        torch.testing.assert_close(scores[i], each[-1])
+        torch.testing.assert_close(tokens[i, : len(row) - start], each[start:])
+        torch.testing.assert_close(states[i, : len(row) - start], each[start - 1 : -1])
+    assert (tokens[~mask] == 0).all() and (states[~mask] == 0).all()
+    own = scorer(
+        torch.tensor([rows[1]]), attention_mask=torch.ones(1, len(rows[1])).long()
+    ).logits  # as transformers reads it
+    torch.testing.assert_close(scores[1:2], own)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"grpo": SAMPLED | {"max_ratio": 2.0}}, "max_ratio=2.0 has no effect with loss='clip'"),
+        ({"grpo": SAMPLED | {"reward": "reward"}}, "neither functions nor a scoring model"),
+        ({"afd": SAMPLED | {"initial": "later"}}, "initial='later' is not one of the stages"),
+        ({"grpo": SAMPLED | {"mismatch_low": 0.5}}, "need mismatch"),
+        ({"rloo": SAMPLED | {"kl_coef": 1, "kl_in": "reward"}}, "needs kl_estimator=k1"),
+        ({"gail": SAMPLED | {"level": "token", "advantage": "rloo"}}, "level=token"),
+        ({"remax": SAMPLED | {"group_size": 1}, "opo": SAMPLED | {"group_size": 1}}, "at least 2"),
+        ({"dpo": PAIRS | {"gamma": 2.0}}, "gamma=2.0 has no effect with algorithm='dpo'"),
+        ({"dpo": PAIRS | {"temperature": 0.5}}, "temperature=0.5 has no effect with pairs='data'"),
+        ({"reward": PAIRS | {"loss": "plackett_luce", "centering": 1.0}}, "centering=1.0 has no"),
+        ({"ppp": SAMPLED}, "algorithm 'ppp' is unknown; use one of sft, iqlearn"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(recipe, stages, message):
+    with pytest.raises(ConfigError, match=message):
+        a_recipe(recipe, stages)
+
+
+def test_optimizers_of_their_own(varied):
+    config = a_recipe(varied, {"ppo": SAMPLED | {"critic_optimizer": {"lr": 0.5}}})
+    stage = config.stages["ppo"]
+    assert stage.critic_optimizer.lr == 0.5 and stage.optimizer.lr == 1e-3
+    assert isinstance(Optimizer(torch.nn.Linear(2, 2), stage.critic_optimizer, 1), Optimizer)
