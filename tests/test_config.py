@@ -105,3 +105,29 @@ def test_unreadable_recipes(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_recipe(str(path))
+
+
+def test_a_recipe_extends_another(tmp_path, recipe):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
+    child = {
+        "extends": "base.yaml",
+        "name": "child",
+        "model": {"architecture": {"num_layers": 1}},
+        "stages": {"grpo": None, "gspo": {"extends": "grpo", "steps": 2}, "sft": {"steps": 9}},
+    }
+    path = tmp_path / "child.yaml"
+    path.write_text(yaml.safe_dump(child, sort_keys=False))
+    config, base = load_recipe(str(path), ["seed=3"]), parse_config(recipe)
+    assert list(config.stages) == ["grpo", "gspo", "sft"] and config.seed == 3
+    assert config.stages["grpo"] == base.stages["grpo"]
+    assert config.stages["sft"] == base.stages["sft"].model_copy(update={"steps": 9})
+    assert config.stages["gspo"].group_size == 4 and config.stages["gspo"].loss == "gspo"
+    assert config.model.architecture.num_layers == 1
+    assert config.model.architecture.hidden_size == base.model.architecture.hidden_size
+    assert config.data == base.data and config.name == "child"
+    (tmp_path / "base.yaml").write_text("extends: child.yaml\n")
+    with pytest.raises(ConfigError, match="no recipe, or itself in the end"):
+        load_recipe(str(path))
+    path.write_text("extends: nowhere\nname: x\n")
+    with pytest.raises(ConfigError, match="'nowhere' is neither a file nor a shipped recipe"):
+        load_recipe(str(path))

@@ -20,16 +20,27 @@ def shipped_recipes() -> list[str]:
 def load_recipe(recipe: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
     """Read a recipe (a YAML file or a shipped one's name) and apply `key.path=value` overrides.
 
-    Raises `ConfigError` for a file that is missing or not a mapping, a malformed override and bad
+    A recipe may begin with `extends: OTHER`, a file or a shipped recipe's name: what it does not
+    say is said there. Its `stages` are those that it names, in its order; the stage of the same
+    name in the other recipe, or the one that a stage's own `extends` names, gives the settings that
+    it leaves out. Raises `ConfigError` for a file that
+    is missing or not a mapping, recipes that extend each other, a malformed override and bad
     values.
     """
-    path = Path(recipe)
+    values = _read(recipe, ())
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values)
+
+
+def _read(recipe: str, extending: tuple[str, ...], folder: Path | None = None) -> dict[str, Any]:
+    path = Path(recipe) if folder is None else folder / recipe
+    shipped = recipe.removesuffix(".yaml")
     if path.is_file():
-        text = path.read_text()
-    elif recipe.removesuffix(".yaml") in shipped_recipes():
-        text = (
-            resources.files("fastrl.recipes") / f"{recipe.removesuffix('.yaml')}.yaml"
-        ).read_text()
+        text, here, name = path.read_text(), path.parent, str(path.resolve())
+    elif shipped in shipped_recipes():
+        source = resources.files("fastrl.recipes") / f"{shipped}.yaml"
+        text, here, name = source.read_text(), None, shipped
     else:
         raise ConfigError(
             f"recipe {recipe!r} is neither a file nor a shipped recipe "
@@ -41,9 +52,37 @@ def load_recipe(recipe: str, overrides: tuple[str, ...] | list[str] = ()) -> Con
         raise ConfigError(f"recipe {recipe!r} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {recipe!r} must be a mapping of settings")
-    for override in overrides:
-        _apply(values, override)
-    return parse_config(values)
+    other = values.pop("extends", None)
+    if other is None:
+        return values
+    if not isinstance(other, str) or name in extending:
+        raise ConfigError(
+            f"recipe {recipe!r} extends {other!r}: no recipe, or itself in the end"
+        )
+    base = _read(other, (*extending, name), here)
+    merged = _merge(base, values)
+    if isinstance(values.get("stages"), dict):
+        known = base.get("stages", {})
+        merged["stages"] = {k: _stage(known, k, v or {}) for k, v in values["stages"].items()}
+    return merged
+
+
+def _stage(known: dict[str, Any], name: str, values: dict[str, Any]) -> dict[str, Any]:
+    other = values.get("extends", name)
+    if other not in known and "extends" in values:
+        raise ConfigError(f"stages.{name} extends {other!r}, which is not one of {list(known)}")
+    return {k: v for k, v in _merge(known.get(other, {}), values).items() if k != "extends"}
+
+
+def _merge(base: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Values over base, section by section."""
+    both = dict(base)
+    for key, value in values.items():
+        old = base.get(key)
+        both[key] = (
+            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return both
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
