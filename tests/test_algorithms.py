@@ -21,6 +21,7 @@ STAGES = {
     "reward": PAIRS | {"centering": 0.01, "label_smoothing": 0.1, "heads": 2},
     "afd": {k: v for k, v in SAMPLED.items()} | {"data": "demos_vs_sft"},
     "ppo": SAMPLED | {"kl_coef": 0.1},
+    "ppo head": SAMPLED | {"algorithm": "ppo", "critic": "head", "kl_coef": 0.1, "kl_in": "loss"},
     "reinforce++": SAMPLED | {"kl_coef": 0.1},
     "rloo": SAMPLED | {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
     "grpo": SAMPLED | {"kl_coef": 0.1, "entropy_coef": 0.01, "mismatch": "token_truncate"},
@@ -98,7 +99,9 @@ def first_updates(config, tmp_path, micro_batch_size, split):
 
 
 def test_every_algorithm_is_tested():
-    assert set(STAGES) == set(ALGORITHMS) and set(STEPS) == set(FAMILIES)
+    assert {s.get("algorithm", n) for n, s in STAGES.items()} == set(ALGORITHMS) and set(
+        STEPS
+    ) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("algorithm", STAGES)
@@ -116,6 +119,7 @@ def test_micro_batches_do_not_change_a_step(varied, tmp_path, algorithm):
 
 RUNS = {
     "ppo": {"ppo": SAMPLED | {"steps": 4, "kl_coef": 0.1, "critic_warmup": 1}},
+    "value head": {"ppo": SAMPLED | {"steps": 3, "critic": "head", "critic_warmup": 1}},
     "gail": {"sft": PAIRS, "gail": SAMPLED | {"steps": 4}},
     "spin": {"spin": PAIRS | {"steps": 4, "reference_every": 2}},
     "own pairs": {

@@ -363,7 +363,7 @@ def test_a_step_is_the_same_with_and_without(recipe, size, model):
         optimizer = Optimizer(setup.policy, stage.optimizer, 1)
         metrics = accumulate(
             batch,
-            lambda part, context=context: policy_loss(context, part),
+            lambda part, context=context: policy_loss(context, part, None),
             size,
             [optimizer],
             shared_prefix=setup.shared_prefix,

@@ -18,11 +18,20 @@ from fastrl.models.logprobs import (
     group_rows,
     verify_shared_prefix,
 )
-from fastrl.models.scorer import Level, build_scorer, completion_scores, load_scorer, scorer_class
+from fastrl.models.scorer import (
+    Level,
+    ValueHead,
+    build_scorer,
+    completion_scores,
+    load_scorer,
+    logprobs_and_values,
+    scorer_class,
+)
 
 __all__ = [
     "Level",
     "LmHead",
+    "ValueHead",
     "add_lora",
     "backbone",
     "build_model",
@@ -39,6 +48,7 @@ __all__ = [
     "load_model",
     "load_scorer",
     "load_tokenizer",
+    "logprobs_and_values",
     "save_pretrained",
     "scorer_class",
     "verify_lm_head",

@@ -205,10 +205,25 @@ def completion_logprobs(
     attention needs no padding mask. Returns `LogProbs` of `[B, T]` float32 in nats, 0 where the
     mask is false. Raises `ValueError` for an empty prompt.
     """
-    hidden = completion_states(model, prompt_ids, completion_ids, completion_mask)
+    states = completion_states(model, prompt_ids, completion_ids, completion_mask)
+    return state_logprobs(
+        model, states, completion_ids, completion_mask, temperature=temperature, entropy=entropy
+    )
+
+
+def state_logprobs(
+    model: nn.Module,
+    states: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> LogProbs:
+    """`completion_logprobs` of a model's `completion_states` `[B, T, H]`."""
     head = lm_head(model)
     return linear_logprob(
-        hidden,
+        states,
         head.weight,
         completion_ids.masked_fill(~completion_mask, IGNORED),
         temperature=temperature,

@@ -13,9 +13,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastrl.kernels import LogProbs
 from fastrl.models.head import as_forward, backbone, unwrap
 from fastrl.models.load import _check_path
-from fastrl.models.logprobs import pad_rows
+from fastrl.models.logprobs import completion_states, pad_rows, state_logprobs
 
 Level = Literal["sequence", "token", "state"]
 
@@ -60,6 +61,39 @@ def build_scorer(model: nn.Module, pad_token_id: int, *, heads: int = 1, seed: i
     for p in scorer.parameters():  # buffers, such as rotary frequencies, stay float32
         p.data = p.data.to(parameter.dtype)
     return scorer
+
+
+class ValueHead(nn.Linear):
+    """Values `[..., 1]` of the hidden states `[..., H]` of a causal LM, 0 to begin with."""
+
+    def __init__(self, model: nn.Module):
+        parameter = next(model.parameters())
+        size = unwrap(model).get_input_embeddings().weight.shape[1]
+        super().__init__(size, 1, bias=False, device=parameter.device, dtype=torch.float32)
+        nn.init.zeros_(self.weight)
+
+    def values(self, states: Tensor, completion_mask: Tensor) -> Tensor:
+        """Values `[B, T]` float32 of the states before each completion token; 0 where masked."""
+        return torch.where(completion_mask, self(states.float()).squeeze(-1), 0.0)
+
+
+@as_forward
+def logprobs_and_values(
+    model: nn.Module,
+    head: ValueHead,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[LogProbs, Tensor]:
+    """`completion_logprobs`, and a value head's `[B, T]` values, of one pass through the model."""
+    states = completion_states(model, prompt_ids, completion_ids, completion_mask)
+    logprobs = state_logprobs(
+        model, states, completion_ids, completion_mask, temperature=temperature, entropy=entropy
+    )
+    return logprobs, head.values(states, completion_mask)
 
 
 def load_scorer(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

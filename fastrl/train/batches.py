@@ -122,7 +122,7 @@ class Batch:
     ) -> Tensor:
         """`logprobs` without gradients or dropout, at most `size` rows at a time."""
         out = torch.zeros(self.completion_ids.shape, device=self.completion_ids.device)
-        with _frozen(model):
+        with frozen(model):
             for piece in self.pieces(size, shared_prefix=shared_prefix):
                 part = self.select(piece).logprobs(model, temperature, shared_prefix=shared_prefix)
                 out[piece, : part.logprob.shape[1]] = part.logprob
@@ -134,7 +134,7 @@ class Batch:
         out = torch.zeros(
             shape[:1] if level == "sequence" else shape, device=self.completion_ids.device
         )
-        with _frozen(model):
+        with frozen(model):
             for piece in self.pieces(size, shared_prefix=False):
                 part = self.select(piece).scores(model, level)
                 at = (piece,) if part.dim() == 1 else (piece, slice(part.shape[1]))
@@ -143,7 +143,8 @@ class Batch:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Without gradients or dropout."""
     was_training = model.training
     model.eval()
     with torch.no_grad():

@@ -94,13 +94,18 @@ def _train(
                         folder, progress, work.weights(), work.optimizers, config.keep_checkpoints
                     )
         for name, network in setup.networks.items():
-            checkpoints.write_folder(
-                folder / ("final" if name == "policy" else f"final-{name}"),
-                lambda path, network=network: models.save_pretrained(  # type: ignore[misc]
-                    network, setup.tokenizer, path
-                ),
-            )
+            _save_final(setup, network, folder / ("final" if name == "policy" else f"final-{name}"))
     return folder
+
+
+def _save_final(setup: Setup, network: nn.Module, folder: Path) -> None:
+    def fill(path: Path) -> None:
+        if isinstance(network, models.ValueHead):
+            checkpoints.save_weights(checkpoints.trainable(network), path / "model.safetensors")
+        else:
+            models.save_pretrained(network, setup.tokenizer, path)
+
+    checkpoints.write_folder(folder, fill)
 
 
 @dataclass
@@ -159,7 +164,11 @@ def _begin(setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path
 
 def _add_scorers(setup: Setup, stage: Stage) -> None:
     for network, heads in stage.scorers.items():
-        if network not in setup.networks:
+        if network in setup.networks:
+            continue
+        if stage.value_head:
+            setup.networks[network] = models.ValueHead(setup.policy)
+        else:
             add_scorer(setup, network, heads, stream_seed(setup.config.seed, network))
 
 

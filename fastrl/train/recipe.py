@@ -56,9 +56,7 @@ def _read(recipe: str, extending: tuple[str, ...], folder: Path | None = None) -
     if other is None:
         return values
     if not isinstance(other, str) or name in extending:
-        raise ConfigError(
-            f"recipe {recipe!r} extends {other!r}: no recipe, or itself in the end"
-        )
+        raise ConfigError(f"recipe {recipe!r} extends {other!r}: no recipe, or itself in the end")
     base = _read(other, (*extending, name), here)
     merged = _merge(base, values)
     if isinstance(values.get("stages"), dict):

@@ -62,8 +62,9 @@ def prepare(config: Config) -> Setup:
         ids = [e.completion_ids or [] for e in trial]
         rewards.score(trial, tokenizer.batch_decode(ids, skip_special_tokens=True))
     model, device = load_policy(config, tokenizer)
-    for name in {name for stage in config.stages.values() for name in stage.scorers}:
-        check_scorer(model, name)
+    for stage in config.stages.values():
+        for name in () if stage.value_head else stage.scorers:
+            check_scorer(model, name)
     context = getattr(models.backbone(model).config, "max_position_embeddings", None)
     for examples, source in ((train, "training data"), (held_out, "held-out data")):
         data.check_context(examples, config.max_completion_length, context, source)

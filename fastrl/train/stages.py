@@ -48,6 +48,11 @@ class Stage(Section):
         return {}
 
     @property
+    def value_head(self) -> bool:
+        """Whether its scoring model is a head on the policy."""
+        return False
+
+    @property
     def reference(self) -> bool:
         """Whether it compares with the policy as it was when the stage began."""
         return False
@@ -285,12 +290,25 @@ class PPO(PolicyGradient):
     kl_estimator: KLEstimator = "k1"
     value_clip: float | None = Field(0.2, gt=0)
     normalize_advantages: bool = True
+    critic: Literal["separate", "head"] = Field(
+        "separate", description="a model of its own, or a head on the policy's hidden states"
+    )
+    value_coef: float = Field(0.1, gt=0, description="of the value loss, with critic=head")
     critic_optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
     critic_warmup: int = Field(0, ge=0, description="steps before the policy begins to learn")
+
+    @model_validator(mode="after")
+    def _critic(self):
+        _belongs(self, "value_coef", "critic", ("head",))
+        return self
 
     @property
     def scorers(self) -> dict[str, int]:
         return {"critic": 1}
+
+    @property
+    def value_head(self) -> bool:
+        return self.critic == "head"
 
 
 class Adversarial(GRPO):

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from fastrl import losses
+from fastrl.kernels import LogProbs
 from fastrl.rollout import Rollouts
 from fastrl.train.algorithms.context import Context
 from fastrl.train.batches import Batch, concatenate
 from fastrl.train.data import Example
 from fastrl.train.rewards import Scored
 from fastrl.train.stages import GRPO, PolicyGradient, Rewarded
-from fastrl.train.update import Update
+from fastrl.train.update import Loss, Update
 
 # The settings that each loss takes besides what all of them do.
 SETTINGS = {
@@ -169,14 +170,19 @@ def at_the_end(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_updates(
-    context: Context, batch: Batch, metrics: dict[str, float], scored: Scored | None
+    context: Context,
+    batch: Batch,
+    metrics: dict[str, float],
+    scored: Scored | None,
+    joint: Loss | None = None,
 ) -> Iterator[Update]:
-    """Updates of the policy on a batch that has its advantages."""
+    """Updates of the policy on a batch that has its advantages; by a joint loss with its critic."""
     stage: PolicyGradient = context.stage
     # Rows that cannot contribute are left out: their gradient is exactly zero, while the weights of
     # the others still count them.
     rows = batch.completion_mask.any(-1)
-    if stage.entropy_coef == 0 and not (stage.kl_coef and stage.kl_in == "loss"):
+    silent = stage.entropy_coef == 0 and not (stage.kl_coef and stage.kl_in == "loss")
+    if silent and joint is None:
         by_row = batch["advantages"].view(len(rows), -1)
         rows = rows & (by_row != 0).any(-1)
     batch = batch.select(torch.nonzero(rows).squeeze(-1))
@@ -184,9 +190,9 @@ def policy_updates(
         part = replace(batch, selected=selected(context, batch, update))
         first = update == 0
         yield Update(
-            ("policy",),
+            ("policy",) if joint is None else ("policy", "critic"),
             part,
-            lambda part: policy_loss(context, part),
+            joint or (lambda part: policy_loss(context, part, None)),
             metrics=metrics if first else {},
             scored=scored if first else None,
         )
@@ -220,15 +226,21 @@ def selected(context: Context, batch: Batch, update: int) -> Tensor | None:
     )
 
 
-def policy_loss(context: Context, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of rollouts, with the mismatch between sampler and trainer."""
+def policy_loss(
+    context: Context, batch: Batch, out: LogProbs | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics of rollouts, with the mismatch between sampler and trainer.
+
+    out holds the policy's log-probs, which are computed where it is None.
+    """
     stage: PolicyGradient = context.stage
-    out = batch.logprobs(
-        context.policy,
-        stage.temperature,
-        shared_prefix=context.shared_prefix,
-        entropy=stage.entropy_coef > 0,
-    )
+    if out is None:
+        out = batch.logprobs(
+            context.policy,
+            stage.temperature,
+            shared_prefix=context.shared_prefix,
+            entropy=stage.entropy_coef > 0,
+        )
     mask, weights, logprobs = batch.completion_mask, batch.weights, out.logprob
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     importance = None

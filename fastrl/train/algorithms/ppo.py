@@ -2,13 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrl import losses
+from fastrl.models import ValueHead, completion_states, logprobs_and_values
 from fastrl.train.algorithms.context import Context
-from fastrl.train.algorithms.policy import at_the_end, compare, policy_updates, sample_batch
-from fastrl.train.batches import Batch
+from fastrl.train.algorithms.policy import (
+    at_the_end,
+    compare,
+    policy_loss,
+    policy_updates,
+    sample_batch,
+)
+from fastrl.train.algorithms.ranking import Values
+from fastrl.train.batches import Batch, frozen
 from fastrl.train.stages import PPO
 from fastrl.train.update import Update
 
@@ -16,7 +26,6 @@ from fastrl.train.update import Update
 def ppo(context: Context, index: int) -> Iterator[Update]:
     """A step on own samples: the critic's updates and the policy's, in turns."""
     stage: PPO = context.stage
-    critic = context.setup.networks["critic"]
     batch, _, scored, metrics = sample_batch(context, index)
     batch = compare(context, batch)
     mask, rewards = batch.completion_mask, batch["rewards"]
@@ -25,7 +34,7 @@ def ppo(context: Context, index: int) -> Iterator[Update]:
         per_token = losses.token_rewards(
             rewards, batch["old_logprobs"], batch["ref_logprobs"], mask, kl_coef=stage.kl_coef
         )
-    values = batch.frozen_scores(critic, stage.micro_batch_size, "state")
+    values = frozen_values(context, batch)
     advantages, returns = losses.gae_advantages(
         per_token,
         values,
@@ -35,22 +44,70 @@ def ppo(context: Context, index: int) -> Iterator[Update]:
         normalize=stage.normalize_advantages,
     )
     batch = replace(batch, advantages=advantages, returns=returns, old_values=values)
-
-    def critic_loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return losses.value_loss(
-            part.scores(critic, "state"),
-            part["old_values"],
-            part["returns"],
-            part.completion_mask,
-            part.weights,
-            clip=stage.value_clip,
-        )
-
-    critic_update = Update(("critic",), batch, critic_loss, prefix="critic/")
+    critic_update = Update(
+        ("critic",), batch, lambda part: critic_loss(context, part), prefix="critic/"
+    )
     if index < stage.critic_warmup:
         for _ in range(stage.updates_per_batch):
             yield replace(critic_update, metrics=metrics, scored=scored)
-        return
-    for update in policy_updates(context, batch, metrics, scored):
-        yield critic_update
-        yield update
+    elif stage.value_head:
+        yield from policy_updates(
+            context, batch, metrics, scored, lambda part: joint_loss(context, part)
+        )
+    else:
+        for update in policy_updates(context, batch, metrics, scored):
+            yield critic_update
+            yield update
+
+
+def frozen_values(context: Context, batch: Batch) -> Tensor:
+    """The critic's values `[B, T]` before each token, without gradients."""
+    critic, size = context.setup.networks["critic"], context.stage.micro_batch_size
+    if not isinstance(critic, ValueHead):
+        return batch.frozen_scores(critic, size, "state")
+    values = torch.zeros_like(batch.weights)
+    with frozen(context.policy):
+        for piece in batch.pieces(size, shared_prefix=False):
+            part = batch.select(piece)
+            values[piece, : part.completion_ids.shape[1]] = critic.values(
+                completion_states(context.policy, *part.completions), part.completion_mask
+            )
+    return values
+
+
+def critic_loss(context: Context, batch: Batch) -> Values:
+    """Loss and metrics of the critic alone; through a head no gradient reaches the policy."""
+    critic = context.setup.networks["critic"]
+    if isinstance(critic, ValueHead):
+        with torch.no_grad():
+            states = completion_states(context.policy, *batch.completions)
+        return _value_loss(context.stage, batch, critic.values(states, batch.completion_mask))
+    return _value_loss(context.stage, batch, batch.scores(critic, "state"))
+
+
+def joint_loss(context: Context, batch: Batch) -> Values:
+    """Loss and metrics of the policy and of the head on its hidden states."""
+    stage: PPO = context.stage
+    critic: Any = context.setup.networks["critic"]
+    out, values = logprobs_and_values(
+        context.policy,
+        critic,
+        *batch.completions,
+        temperature=stage.temperature,
+        entropy=stage.entropy_coef > 0,
+    )
+    value, metrics = policy_loss(context, batch, out)
+    missed, figures = _value_loss(stage, batch, values)
+    metrics |= {f"critic/{name}": figure for name, figure in figures.items()}
+    return value + stage.value_coef * missed, metrics
+
+
+def _value_loss(stage: PPO, batch: Batch, values: Tensor) -> Values:
+    return losses.value_loss(
+        values,
+        batch["old_values"],
+        batch["returns"],
+        batch.completion_mask,
+        batch.weights,
+        clip=stage.value_clip,
+    )
