@@ -117,7 +117,11 @@ def _divergence(student: Tensor, teacher: Tensor, beta: float, temperature: floa
         return _kl(q, p)
     if beta == 1:
         return _kl(p, q)
-    mixture = torch.logaddexp(p + math.log1p(-beta), q + math.log(beta))
+    # logaddexp of two -inf has no gradient.
+    floor = torch.finfo(p.dtype).min / 2
+    mixture = torch.logaddexp(
+        p.clamp(min=floor) + math.log1p(-beta), q.clamp(min=floor) + math.log(beta)
+    )
     return beta * _kl(q, mixture) + (1 - beta) * _kl(p, mixture)
 
 
