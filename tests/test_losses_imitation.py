@@ -59,6 +59,7 @@ def test_imitation_rewards_by_hand():
     close(at("airl"), [1.0, -1.0, 20.0])
     close(at("gail"), [softplus(1), softplus(-1), softplus(20)])
     close(at("gail_saturating"), [-softplus(-1), -softplus(1), -softplus(-20)])
+    close(at("forward_kl"), [math.e, math.exp(-1), math.exp(20)])
     close(at("fairl"), [-math.e, math.exp(-1), -20 * math.exp(20)])
     # gail less gail_saturating is airl: log D - log(1 - D) is the logit.
     close(at("gail") + at("gail_saturating"), at("airl"))

@@ -1,0 +1,433 @@
+"""Each method's optimum on an enumerable token MDP, against its closed form, in float64."""
+
+from itertools import permutations
+
+import pytest
+import token_mdp as mdp
+import torch
+from token_mdp import BATCH_MASK, COUNT, PROMPTS
+
+from fastrl import losses
+
+FIRST, SECOND = torch.triu_indices(COUNT, COUNT, 1)
+
+
+def pairs(table):
+    """Both sides of all comparisons within a prompt, in both orders, flat."""
+    one, other = table[:, FIRST].flatten(), table[:, SECOND].flatten()
+    return torch.cat([one, other]), torch.cat([other, one])
+
+
+def preferences(reward):
+    """Weights of those comparisons: how often the first beats the second, summing to 1."""
+    better, worse = pairs(reward)
+    p = torch.sigmoid(better - worse)
+    return p / p.sum()
+
+
+def up_to_a_constant(table):
+    """Per prompt."""
+    return table - table.mean(-1, keepdim=True)
+
+
+def same(a, b, tolerance=1e-4):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_the_mdp():
+    p = mdp.sequence(mdp.policy(0)).exp()
+    same(p.sum(-1), torch.ones(PROMPTS, dtype=torch.float64), 1e-12)
+    assert len({tuple(c) for c in mdp.COMPLETIONS}) == COUNT == 15
+    assert all(mdp.EOS not in c[:-1] for c in mdp.COMPLETIONS)  # EOS absorbs
+
+
+# Rewards from preferences
+
+
+def test_bradley_terry_recovers_the_reward():
+    reward = mdp.rewards(0)
+    weights = preferences(reward)
+    (got,) = mdp.minimise(
+        lambda r: losses.bradley_terry_loss(*pairs(r), weights=weights)[0], torch.zeros_like(reward)
+    )
+    same(up_to_a_constant(got), up_to_a_constant(reward))
+
+
+def test_centring_makes_the_reward_unique():
+    reward = mdp.rewards(0)
+    weights = preferences(reward)
+    (got,) = mdp.minimise(
+        lambda r: losses.bradley_terry_loss(*pairs(r), weights=weights, centering=1e-4)[0],
+        torch.ones_like(reward),
+    )
+    assert got.mean(-1).abs().max() < 0.05
+    same(up_to_a_constant(got), up_to_a_constant(reward), 0.02)
+
+
+def test_plackett_luce_recovers_the_reward():
+    reward = mdp.rewards(1)[:, :4]
+    orders = torch.tensor(list(permutations(range(4))))
+    ranked = reward[:, orders].flatten(0, 1)  # [X * 24, 4]
+    nll = [losses.plackett_luce_loss(row[None])[0] for row in ranked]
+    weights = torch.exp(-torch.stack(nll)) / PROMPTS
+    same(weights.sum(), torch.tensor(1.0, dtype=torch.float64), 1e-12)
+    (got,) = mdp.minimise(
+        lambda r: losses.plackett_luce_loss(r[:, orders].flatten(0, 1), weights=weights)[0],
+        torch.zeros_like(reward),
+    )
+    same(up_to_a_constant(got), up_to_a_constant(reward))
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.4])
+def test_noisy_labels_keep_the_order(noise):
+    """Bradley-Terry and classification rank as the reward does, though a share of labels lie."""
+    reward = mdp.rewards(2)
+    better, worse = pairs(reward)
+    p = torch.sigmoid(better - worse)
+    p = (1 - noise) * p + noise * (1 - p)
+    weights = p / p.sum()
+    zeros = torch.zeros_like(reward)
+    (bt,) = mdp.minimise(lambda r: losses.bradley_terry_loss(*pairs(r), weights=weights)[0], zeros)
+    labels = torch.cat([torch.ones_like(p), torch.zeros_like(p)])
+
+    def classify(r):
+        items = torch.cat(pairs(r))
+        return losses.classification_loss(items, labels, weights=weights.repeat(2) / 2)[0]
+
+    (bce,) = mdp.minimise(classify, zeros)
+    for got in (bt, bce):
+        assert torch.equal(got.argsort(-1), reward.argsort(-1))
+
+
+def implied_reward(variant, weights, reference, beta, smoothing=0.0):
+    ref = pairs(mdp.sequence(reference))
+
+    def loss(logits):
+        return losses.dpo_loss(
+            *pairs(mdp.sequence(logits)),
+            *ref,
+            beta=beta,
+            variant=variant,
+            label_smoothing=smoothing,
+            weights=weights,
+        )[0]
+
+    (logits,) = mdp.minimise(loss, reference, steps=400)
+    return beta * (mdp.sequence(logits) - mdp.sequence(reference)), mdp.sequence(logits)
+
+
+def test_dpo_implies_the_reward_up_to_the_prompt():
+    reward, reference, beta = mdp.rewards(3), mdp.policy(3), 0.5
+    got, logprobs = implied_reward("sigmoid", preferences(reward), reference, beta)
+    same(up_to_a_constant(got), up_to_a_constant(reward), 1e-3)
+    assert mdp.distance(logprobs, mdp.tilted(reference, reward, beta)) < 1e-4
+    # c(x) = beta log Z(x), which differs between prompts.
+    c = beta * (mdp.sequence(reference) + reward / beta).logsumexp(-1, keepdim=True)
+    same(got, reward - c, 1e-3)
+    assert (c[0] - c[1]).abs() > 0.1
+
+
+def test_robust_dpo_sees_through_flipped_labels():
+    reward, reference, flipped = mdp.rewards(3), mdp.policy(3), 0.2
+    clean = preferences(reward)
+    both = clean.view(2, -1)
+    weights = (1 - flipped) * clean + flipped * both.flip(0).flatten()
+    got, _ = implied_reward("robust", weights, reference, 0.5, flipped)
+    same(up_to_a_constant(got), up_to_a_constant(reward), 1e-3)
+
+
+def test_ipo_has_its_own_optimum():
+    """D = (2 p - 1) / (2 beta), here (score - score') / (2 beta)."""
+    score, reference, beta = mdp.rewards(4).clamp(-0.9, 0.9) / 2, mdp.policy(4), 0.3
+    better, worse = pairs(score)
+    p = 0.5 + (better - worse) / 2
+    assert ((p > 0) & (p < 1)).all()
+    got, _ = implied_reward("ipo", p / p.sum(), reference, beta)
+    same(up_to_a_constant(got), up_to_a_constant(score) / 2, 1e-4)
+
+
+# Policy optimisation
+
+
+def kl_rewards(logits, reference, reward, beta):
+    with torch.no_grad():
+        token = losses.token_rewards(
+            reward.flatten(),
+            mdp.logprobs(logits),
+            mdp.logprobs(reference),
+            BATCH_MASK,
+            kl_coef=beta,
+        )
+    return token.flip(-1).cumsum(-1).flip(-1)  # what is still to come
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ppo"])
+def test_kl_in_the_reward_leads_to_the_tilted_reference(name):
+    reward, reference, beta = mdp.rewards(5), mdp.policy(5), 0.7
+
+    def step(logits):
+        advantages = kl_rewards(logits, reference, reward, beta)
+        now, weights = mdp.logprobs(logits), mdp.expectation(logits)
+        if name == "ppo":
+            return losses.policy_loss(now, now.detach(), advantages, BATCH_MASK, weights)[0]
+        return losses.reinforce_loss(now, advantages, BATCH_MASK, weights)[0]
+
+    got = mdp.descend(step, reference, 400, 0.1)
+    assert mdp.distance(mdp.sequence(got), mdp.tilted(reference, reward, beta)) < 1e-3
+
+
+def test_ppo_with_several_updates_of_old_samples():
+    reward, reference, beta = mdp.rewards(5), mdp.policy(5), 0.7
+    old = {}
+
+    def step(logits):
+        if old.setdefault("age", 0) % 4 == 0:
+            old["logits"] = logits.detach().clone()
+        old["age"] += 1
+        return losses.policy_loss(
+            mdp.logprobs(logits),
+            mdp.logprobs(old["logits"]),
+            kl_rewards(old["logits"], reference, reward, beta),
+            BATCH_MASK,
+            mdp.expectation(old["logits"]),
+        )[0]
+
+    got = mdp.descend(step, reference, 600, 0.1)
+    assert mdp.distance(mdp.sequence(got), mdp.tilted(reference, reward, beta)) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_group_baselines_keep_the_policy_gradient(name):
+    """Over all groups of two; Dr. GRPO's is half of it, (G - 1) / G."""
+    reward, logits = mdp.rewards(6)[0], mdp.policy(6).requires_grad_()
+    p = mdp.sequence(logits)[0].detach().exp()
+    (want,) = torch.autograd.grad(-(mdp.sequence(logits)[0].exp() * reward).sum(), logits)
+    group = torch.cartesian_prod(torch.arange(COUNT), torch.arange(COUNT))  # [225, 2]
+    flat = reward[group].flatten()
+    advantages = (
+        losses.rloo_advantages(flat, 2)
+        if name == "rloo"
+        else losses.grpo_advantages(flat, 2, scale=False)
+    )
+    weights = (p[group].prod(-1, keepdim=True) / 2).expand(-1, 2).flatten()
+    rows = group.flatten()
+    mask = mdp.MASK[rows]
+    loss, _ = losses.reinforce_loss(
+        mdp.logprobs(logits)[:COUNT][rows], advantages, mask, weights.unsqueeze(-1) * mask
+    )
+    (got,) = torch.autograd.grad(loss, logits)
+    same(got, want if name == "rloo" else want / 2, 1e-10)
+
+
+def test_gradients_of_the_kl_estimators():
+    """In expectation: k1 none, k2 that of KL(pi || ref), k3 that of KL(ref || pi)."""
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(6, dtype=torch.float64).log_softmax(0)
+    logp = logits.log_softmax(0)
+    reverse = (logp.exp() * (logp - ref)).sum()
+    forward = (ref.exp() * (ref - logp)).sum()
+    want = {
+        "k1": torch.zeros(6, dtype=torch.float64),
+        "k2": torch.autograd.grad(reverse, logits, retain_graph=True)[0],
+        "k3": torch.autograd.grad(forward, logits, retain_graph=True)[0],
+    }
+    want["k1+"] = want["k3+"] = want["k2"]
+    for name, gradient in want.items():
+        estimate = losses.kl_estimate(logp.unsqueeze(1), ref.unsqueeze(1), name).squeeze(1)
+        loss = (logp.detach().exp() * estimate).sum()
+        same(torch.autograd.grad(loss, logits, retain_graph=True)[0], gradient, 1e-12)
+        if name != "k2":
+            same(loss.detach(), reverse.detach(), 1e-12)
+
+
+# Rewards from demonstrations
+
+
+def discriminator(demo, logits, start, steps=None):
+    """Sequence-level logits `[X, 15]`, trained on exact samples of both."""
+    sides = [(x.exp() / PROMPTS).flatten() for x in (demo, mdp.sequence(logits).detach())]
+
+    def loss(f):
+        return losses.discriminator_loss(f.flatten(), f.flatten(), *sides)[0]
+
+    return mdp.minimise(loss, start, steps=steps or 300)[0]
+
+
+def test_the_optimal_logit_is_the_log_density_ratio():
+    demo, logits = mdp.sequence(mdp.policy(7)), mdp.policy(8)
+    f = discriminator(demo, logits, torch.zeros(PROMPTS, COUNT, dtype=torch.float64))
+    same(f, demo - mdp.sequence(logits), 1e-3)
+
+
+def test_the_optimal_token_logit_is_the_ratio_of_occupancies():
+    demo, other = mdp.policy(7), mdp.policy(8)
+    sides = [mdp.expectation(x) for x in (demo, other)]
+
+    def loss(table):
+        f = mdp.at_tokens(table)
+        masks = {"demo_mask": BATCH_MASK, "policy_mask": BATCH_MASK}
+        return losses.discriminator_loss(f, f, *sides, **masks)[0]
+
+    (table,) = mdp.minimise(loss, torch.zeros_like(demo), steps=300)
+    seen, own = (x.view(PROMPTS, -1) @ mdp.CHOICES.T for x in sides)
+    same(table.view(PROMPTS, -1), seen.log() - own.log(), 2e-3)
+
+
+def imitation_gradient(kind, f, logits):
+    """Of the loss whose descent raises the expected reward, at a fixed discriminator."""
+    reward = losses.imitation_rewards(f, kind).flatten()
+    now, weights = mdp.logprobs(logits), mdp.expectation(logits)
+    loss, _ = losses.reinforce_loss(now, reward, BATCH_MASK, weights)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def test_which_divergence_each_imitation_reward_descends():
+    """With the optimal discriminator: the gradient is that of the divergence itself."""
+    demo, logits = mdp.sequence(mdp.policy(9)), mdp.policy(10).requires_grad_()
+    now = mdp.sequence(logits)
+    middle = torch.logaddexp(demo, now) - torch.tensor(2.0).log()
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum() / PROMPTS
+
+    f = (demo - now).detach()
+    for kind, divergence in (
+        ("airl", kl(now, demo)),
+        ("gail", kl(demo, middle) + kl(now, middle)),
+        ("forward_kl", kl(demo, now)),
+    ):
+        want = torch.autograd.grad(divergence, logits, retain_graph=True)[0]
+        same(imitation_gradient(kind, f, logits), want, 1e-12)
+
+
+def test_the_published_fairl_reward_leaves_the_demonstrations():
+    """Near them f exp(f) is f: its gradient is that of airl, upside down."""
+    demo = mdp.policy(9)
+    logits = (demo + 1e-4 * mdp.policy(10)).requires_grad_()
+    f = (mdp.sequence(demo) - mdp.sequence(logits)).detach()
+    away, back = (imitation_gradient(k, f, logits) for k in ("fairl", "airl"))
+    same(away / back.abs().max(), -back / back.abs().max(), 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["airl", "gail", "gail_saturating", "forward_kl"])
+def test_adversarial_imitation_converges_to_the_demonstrations(kind):
+    demo, start = mdp.sequence(mdp.policy(9, 0.7)), mdp.policy(10)
+    f = torch.zeros(PROMPTS, COUNT, dtype=torch.float64)
+
+    def step(logits):
+        nonlocal f
+        f = discriminator(demo, logits, f, steps=8)
+        reward = losses.imitation_rewards(f, kind)
+        mean = (reward * mdp.sequence(logits).detach().exp()).sum(-1, keepdim=True)
+        return losses.reinforce_loss(
+            mdp.logprobs(logits), (reward - mean).flatten(), BATCH_MASK, mdp.expectation(logits)
+        )[0]
+
+    assert mdp.distance(mdp.sequence(start), demo) > 0.3
+    got = mdp.sequence(mdp.descend(step, start, 200, 0.2))
+    assert mdp.distance(got, demo) < 1e-2
+    assert (got.exp() * f.abs()).sum(-1).max() < 2e-2  # nothing left to tell them apart by
+
+
+@pytest.mark.parametrize("mode", ["demos against initial", "SFT samples against initial"])
+def test_afd_recovers_the_expert(mode):
+    """RL on the one-shot logit with KL of weight 1 to the initial policy."""
+    expert, initial = mdp.policy(11), mdp.policy(12)
+    positive = mdp.sequence(expert)
+    if mode.startswith("SFT"):
+        weights = mdp.expectation(expert)
+        (sft,) = mdp.minimise(
+            lambda x: losses.sft_loss(mdp.logprobs(x), BATCH_MASK, weights)[0], initial
+        )
+        positive = mdp.sequence(sft)
+    reward = discriminator(positive, initial, torch.zeros_like(positive))
+    assert mdp.distance(mdp.tilted(initial, reward, 1.0), mdp.sequence(expert)) < 1e-3
+
+    def step(logits):
+        advantages = kl_rewards(logits, initial, reward, 1.0)
+        now, weights = mdp.logprobs(logits), mdp.expectation(logits)
+        return losses.policy_loss(now, now.detach(), advantages, BATCH_MASK, weights)[0]
+
+    got = mdp.descend(step, initial, 400, 0.1)
+    assert mdp.distance(mdp.sequence(got), mdp.sequence(expert)) < 2e-3
+
+
+def test_spin_stops_at_the_demonstrations_and_only_there():
+    demo, logits = mdp.policy(13), mdp.policy(14)
+    one, other = torch.cartesian_prod(torch.arange(COUNT), torch.arange(COUNT)).unbind(-1)
+
+    def loss(now, prev):
+        weights = mdp.sequence(demo)[:, one] + mdp.sequence(prev)[:, other]
+        four = [
+            mdp.sequence(x)[:, side].flatten()
+            for x, side in ((now, one), (now, other), (prev, one), (prev, other))
+        ]
+        return losses.spin_loss(*four, lam=1.0, weights=weights.exp().flatten() / PROMPTS)[0]
+
+    def slope(at):
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(loss(at, at.detach()), at)[0].abs().max().item()
+
+    assert slope(demo) < 1e-12 < 1e-3 < slope(logits)
+    apart = [mdp.distance(mdp.sequence(logits), mdp.sequence(demo))]
+    for _ in range(12):
+        prev = logits
+        (logits,) = mdp.minimise(lambda x, prev=prev: loss(x, prev), prev, steps=25)
+        apart.append(mdp.distance(mdp.sequence(logits), mdp.sequence(demo)))
+    assert apart[0] > 0.3 and apart[-1] < 5e-3
+
+
+def iqlearn(demo, alpha, gamma):
+    weights = mdp.expectation(demo)
+
+    def loss(logits):
+        pieces = mdp.logprobs(logits), mdp.lse(logits), BATCH_MASK, weights
+        return losses.iqlearn_loss(*pieces, alpha=alpha, gamma=gamma)[0]
+
+    return mdp.minimise(loss, torch.zeros_like(demo), steps=800)[0]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_iqlearn_optimum(gamma):
+    """Setting the derivative by Q(s, a) to 0, with r = Q - gamma V' and r_0 that of the token that
+    led to s (0 at the root): r(s, a) = 2 alpha - (pi / pi_demo)(2 alpha - gamma r_0)."""
+    demo, alpha = mdp.policy(15, scale=0.5), 1.0
+    q = iqlearn(demo, alpha, gamma)
+    v = torch.nn.functional.pad(mdp.lse(q), (0, 1))[:, 1:]
+    reward = torch.where(BATCH_MASK, mdp.logprobs(q) + mdp.lse(q) - gamma * v, 0.0)
+    before = torch.nn.functional.pad(reward, (1, 0))[:, :-1]
+    ratio = (mdp.logprobs(q) - mdp.logprobs(demo)).exp()
+    want = 2 * alpha - ratio * (2 * alpha - gamma * before)
+    same(reward[BATCH_MASK], want[BATCH_MASK], 1e-3)
+
+
+def test_iqlearn_with_large_alpha_is_behaviour_cloning():
+    demo = mdp.policy(15)
+    apart = [
+        mdp.distance(mdp.sequence(iqlearn(demo, alpha, 1.0)), mdp.sequence(demo))
+        for alpha in (1.0, 100.0)
+    ]
+    assert apart[0] > 10 * apart[1] and apart[1] < 1e-2
+
+
+def test_forward_kl_covers_and_reverse_kl_seeks():
+    """A model of one mode, two parameters, and a target of two."""
+    bins = torch.arange(12, dtype=torch.float64)
+    target = torch.logaddexp(-((bins - 2) ** 2), -((bins - 8) ** 2)).log_softmax(0)
+    weight = torch.ones(1, dtype=torch.float64)
+
+    def fitted(beta):
+        def loss(mean, scale):
+            logits = -((bins - mean) ** 2) / (2 * scale.exp() ** 2)
+            return losses.distillation_loss(logits[None], target[None], weight, beta=beta)[0]
+
+        mean, scale = mdp.minimise(
+            loss, torch.tensor(3.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+        )
+        return (-((bins - mean) ** 2) / (2 * scale.exp() ** 2)).softmax(0)
+
+    covering, seeking = fitted(0.0), fitted(1.0)
+    left, right = bins < 5, bins > 5
+    assert covering[left].sum() > 0.3 and covering[right].sum() > 0.3
+    assert covering[5] > 50 * target[5].exp()  # the price: mass where the target has none
+    assert seeking[left].sum() > 0.99 and seeking[5] < 2 * target[5].exp()
