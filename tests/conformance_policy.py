@@ -43,6 +43,12 @@ CASES["kl_loss, times rho"] = _policy(
     beta=0.1,
     use_bias_correction_kl=True,
 )
+CASES["policy_loss, dual_clip (TRL delta)"] = _policy(
+    "dapo",
+    lambda b, w: losses.policy_loss(*b.five, w, dual_clip=1.3),
+    "dapo",
+    delta=1.3,
+)
 CASES["gspo_loss"] = _policy(
     "grpo",
     lambda b, w: losses.gspo_loss(*b.five, w, eps_low=0.05, eps_high=0.06),

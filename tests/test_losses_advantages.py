@@ -83,6 +83,14 @@ def test_token_rewards_by_hand():
     close(got, [[-0.1 * 0.125, 0.0, 5.0], [-0.2 + 7.0, 0.0, 0.0]])
 
 
+def test_a_terminal_reward_is_discounted_to_the_first_token():
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    zeros = torch.zeros(1, 4)
+    token = losses.token_rewards(torch.tensor([8.0]), zeros, zeros, mask, kl_coef=0.1)
+    _, returns = losses.gae_advantages(token, zeros, mask, gamma=0.5, lam=1.0)
+    close(returns, [[1.0, 2.0, 4.0, 8.0]])
+
+
 def test_gae_by_hand():
     rewards = torch.tensor([[0.0, 0.0, 1.0]])
     values = torch.tensor([[0.5, 9.0, 0.25]])

@@ -1,10 +1,11 @@
 """What every token loss keeps: micro-batches, padding, empty batches and extreme ratios.
 
-Since weights and selections are of the whole step, a rank's rows are one more way to split it.
+Weights and selections are of the whole step, so a rank's rows are one more way to split it.
 """
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastrl import losses
 from fastrl.losses import REDUCTIONS
@@ -120,6 +121,30 @@ def test_micro_batches_and_padding_change_nothing(name, reduction):
     assert not got[:, STEPS:].any()
     for key in metrics:
         torch.testing.assert_close(padded_metrics[key], metrics[key], rtol=1e-5, atol=1e-6)
+
+
+def _ranks_share(rank):
+    """Loss and gradient of every loss, from rows of this rank alone and one all-reduce."""
+    out = {}
+    for name, loss_of in LOSSES.items():
+        b = prepared(batch(), "dapo")
+        rows = slice(0, 2) if rank == 0 else slice(2, ROWS)
+        loss, _ = loss_of(split(b, rows))
+        (gradient,) = torch.autograd.grad(loss, b["x"])
+        both = torch.cat([loss.detach().view(1), gradient.flatten()])
+        dist.all_reduce(both)
+        out[name] = both.tolist()
+    return out
+
+
+def test_two_processes_are_one(ranks):
+    for got in ranks.run(_ranks_share):
+        for name, loss_of in LOSSES.items():
+            b = prepared(batch(), "dapo")
+            loss, _ = loss_of(b)
+            (gradient,) = torch.autograd.grad(loss, b["x"])
+            want = torch.cat([loss.detach().view(1), gradient.flatten()])
+            torch.testing.assert_close(torch.tensor(got[name]), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
