@@ -264,6 +264,7 @@ def test_rows_and_tokens_to_leave_out():
         (lambda r: losses.policy_loss(*r, log_ratio_clamp=0.0), "log_ratio_clamp=0.0"),
         (lambda r: losses.policy_loss(*r[:3], r[4], r[4]), "completion_mask must be bool"),
         (lambda r: losses.policy_loss(r[0], r[1][:, :1], *r[2:]), "old_logprobs"),
+        (lambda r: losses.policy_loss(*r, importance_weights=r[2]), "importance_weights"),
         (lambda r: losses.cispo_loss(*r, max_ratio=0.5, min_ratio=0.6), "max_ratio=0.5"),
         (lambda r: losses.sapo_loss(*r, tau_pos=0.0), "tau_pos=0.0"),
         (lambda r: losses.gmpo_loss(*r, eps_low=-1.0), "eps_low=-1.0"),

@@ -259,17 +259,22 @@ def test_the_optimal_logit_is_the_log_density_ratio():
     same(f, demo - mdp.sequence(logits), 1e-3)
 
 
-def test_the_optimal_token_logit_is_the_ratio_of_occupancies():
-    demo, other = mdp.policy(7), mdp.policy(8)
-    sides = [mdp.expectation(x) for x in (demo, other)]
+def token_discriminator(demo, policy, start, steps):
+    """Logits of each prefix and token, `[X, 7, 3]`, trained on exact samples of both."""
+    sides = [mdp.expectation(x) for x in (demo, policy)]
 
     def loss(table):
         f = mdp.at_tokens(table)
         masks = {"demo_mask": BATCH_MASK, "policy_mask": BATCH_MASK}
         return losses.discriminator_loss(f, f, *sides, **masks)[0]
 
-    (table,) = mdp.minimise(loss, torch.zeros_like(demo), steps=300)
-    seen, own = (x.view(PROMPTS, -1) @ mdp.CHOICES.T for x in sides)
+    return mdp.minimise(loss, start, steps=steps)[0]
+
+
+def test_the_optimal_token_logit_is_the_ratio_of_occupancies():
+    demo, other = mdp.policy(7), mdp.policy(8)
+    table = token_discriminator(demo, other, torch.zeros_like(demo), steps=300)
+    seen, own = (mdp.expectation(x).view(PROMPTS, -1) @ mdp.CHOICES.T for x in (demo, other))
     same(table.view(PROMPTS, -1), seen.log() - own.log(), 2e-3)
 
 
@@ -327,6 +332,22 @@ def test_adversarial_imitation_converges_to_the_demonstrations(kind):
     got = mdp.sequence(mdp.descend(step, start, 200, 0.2))
     assert mdp.distance(got, demo) < 1e-2
     assert (got.exp() * f.abs()).sum(-1).max() < 2e-2  # nothing left to tell them apart by
+
+
+def test_token_level_airl_converges_to_the_demonstrations():
+    demo, start = mdp.policy(9, 0.7), mdp.policy(10)
+    table = torch.zeros_like(demo)
+
+    def step(logits):
+        nonlocal table
+        table = token_discriminator(demo, logits.detach(), table, steps=8)
+        reward = losses.imitation_rewards(mdp.at_tokens(table), "airl")
+        to_go = reward.flip(-1).cumsum(-1).flip(-1)
+        weights = mdp.expectation(logits)
+        return losses.reinforce_loss(mdp.logprobs(logits), to_go, BATCH_MASK, weights)[0]
+
+    got = mdp.sequence(mdp.descend(step, start, 200, 0.2))
+    assert mdp.distance(got, mdp.sequence(demo)) < 1e-2
 
 
 @pytest.mark.parametrize("mode", ["demos against initial", "SFT samples against initial"])

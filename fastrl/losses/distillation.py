@@ -51,13 +51,14 @@ def linear_distillation_loss(
     *,
     beta: float = 1.0,
     temperature: float = 1.0,
-    chunk: int = 512,
+    chunk: int = 128,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`distillation_loss` from hidden states, `chunk` tokens at a time, never holding `[N, V]`.
 
     student_hidden `[..., H]`, teacher_hidden `[..., H']`, weights `[...]`; heads are
     `{"weight": [V, H], ...}` with bias, softcap and logit_scale as `LmHead.arguments()` gives
-    them. Logits of a chunk are computed again in the backward pass; tokens of weight 0 not at all.
+    them. The logits of a chunk are computed again in the backward pass; those of tokens with weight
+    0 never.
     """
     _check(beta, temperature)
     if chunk < 1:
