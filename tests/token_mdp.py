@@ -8,6 +8,8 @@ from itertools import product
 
 import torch
 
+from fastrl import losses
+
 VOCABULARY, LONGEST, EOS, PROMPTS = 3, 3, 2, 2
 
 
@@ -83,6 +85,18 @@ def rewards(seed):
 def tilted(reference, reward, beta):
     """pi_ref exp(reward / beta), normalised: log-probs `[X, 15]`."""
     return (sequence(reference) + reward / beta).log_softmax(-1)
+
+
+def kl_rewards(logits, reference, reward, beta):
+    """Of each token, what is still to come: the reward at the end less beta times the KL."""
+    with torch.no_grad():
+        now, ref = logprobs(logits), logprobs(reference)
+        token = losses.token_rewards(reward.flatten(), now, ref, BATCH_MASK, kl_coef=beta)
+    return token.flip(-1).cumsum(-1).flip(-1)
+
+
+def same(a, b, tolerance=1e-4):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
 def distance(a, b):
