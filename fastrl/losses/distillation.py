@@ -51,13 +51,14 @@ def linear_distillation_loss(
     *,
     beta: float = 1.0,
     temperature: float = 1.0,
-    chunk: int = 512,
+    chunk: int = 128,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`distillation_loss` from hidden states, `chunk` tokens at a time, never holding `[N, V]`.
 
     student_hidden `[..., H]`, teacher_hidden `[..., H']`, weights `[...]`; heads are
     `{"weight": [V, H], ...}` with bias, softcap and logit_scale as `LmHead.arguments()` gives
-    them. Logits of a chunk are computed again in the backward pass; tokens of weight 0 not at all.
+    them. The logits of a chunk are computed again in the backward pass; those of tokens with weight
+    0 never.
     """
     _check(beta, temperature)
     if chunk < 1:
@@ -117,7 +118,11 @@ def _divergence(student: Tensor, teacher: Tensor, beta: float, temperature: floa
         return _kl(q, p)
     if beta == 1:
         return _kl(p, q)
-    mixture = torch.logaddexp(p + math.log1p(-beta), q + math.log(beta))
+    # logaddexp of two -inf has no gradient.
+    floor = torch.finfo(p.dtype).min / 2
+    mixture = torch.logaddexp(
+        p.clamp(min=floor) + math.log1p(-beta), q.clamp(min=floor) + math.log(beta)
+    )
     return beta * _kl(q, mixture) + (1 - beta) * _kl(p, mixture)
 
 

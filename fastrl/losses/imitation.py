@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrl.losses.preference import dpo_loss
 from fastrl.losses.reduction import check_tokens, masked_mean, weighted_rows
 
-ImitationReward = Literal["airl", "gail", "gail_saturating", "fairl"]
+ImitationReward = Literal["airl", "gail", "gail_saturating", "forward_kl", "fairl"]
 
 
 def sft_loss(
@@ -61,8 +61,13 @@ def imitation_rewards(
     """The policy's reward from a discriminator's logit f, and the divergence that it minimises.
 
     airl `f` (reverse KL, 1710.11248); gail `softplus(f)` = -log(1 - D) and gail_saturating
-    `-softplus(-f)` = log D (Jensen-Shannon, 1606.03476); fairl `-f exp(f)` (forward KL,
-    1911.02256). f is clamped to `+-max_logit` first. Any shape, kept; no gradient.
+    `-softplus(-f)` = log D (Jensen-Shannon, 1606.03476); forward_kl `exp(f)` (f-MAX); fairl
+    `-f exp(f)` (both 1911.02256). With the optimal f the policy gradient of airl, gail and
+    forward_kl is exactly that of their divergence. fairl's is not: it writes KL(demo || policy) as
+    an expectation under the policy and then holds f fixed, which drops the part of the gradient
+    that matters. Its slope at f = 0 is -1, so the demonstrations repel it; prefer forward_kl.
+
+    f is clamped to `+-max_logit` first. logits of any shape, which is kept; no gradient.
     """
     if not max_logit > 0:
         raise ValueError(f"max_logit={max_logit} must be positive")
@@ -73,6 +78,8 @@ def imitation_rewards(
         return F.softplus(f)
     if kind == "gail_saturating":
         return F.logsigmoid(f)
+    if kind == "forward_kl":
+        return f.exp()
     if kind == "fairl":
         return -f * f.exp()
     raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(get_args(ImitationReward))}")

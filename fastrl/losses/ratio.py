@@ -70,6 +70,11 @@ def weighted(
     per_token: Tensor, importance_weights: Tensor | None, mask: Tensor, weights: Tensor
 ) -> Tensor:
     if importance_weights is not None:
+        if importance_weights.shape not in (mask.shape, (mask.shape[0], 1)):
+            raise ValueError(
+                f"importance_weights must be [B, T] = {tuple(mask.shape)} or [B, 1], got "
+                f"{tuple(importance_weights.shape)}"
+            )
         factor = importance_weights.detach().expand(mask.shape)
         per_token = per_token * torch.where(mask, factor, 0.0)
     check_tokens(mask, weights=weights)
