@@ -4,11 +4,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from fastrl.losses.kl import KLEstimator
+from fastrl.losses.mismatch import MismatchKind
 from fastrl.losses.reduction import Reduction
 from fastrl.train.section import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
 
 
 class Optimizer(Section):
@@ -195,17 +196,9 @@ class PolicyGradient(Rewarded):
     kl_estimator: KLEstimator = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
     entropy_coef: float = Field(0.0, ge=0)
-    mismatch: (
-        Literal[
-            "token_truncate",
-            "token_mask",
-            "sequence_truncate",
-            "sequence_mask",
-            "geometric_mask",
-            "icepop",
-        ]
-        | None
-    ) = Field(None, description="correction of sampler and trainer that disagree")
+    mismatch: MismatchKind | None = Field(
+        None, description="correction of sampler and trainer that disagree"
+    )
     mismatch_low: float | None = Field(None, ge=0)
     mismatch_high: float | None = Field(None, gt=0)
 
@@ -447,7 +440,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "clip_cov": {"loss": "clip_cov"},
     "kl_cov": {"loss": "kl_cov"},
     "airl": {"reward": "airl"},
-    "fairl": {"reward": "fairl"},
+    "fairl": {"reward": "forward_kl"},
     "simpo": {"beta": 2.0},
     "exo": {"label_smoothing": 1e-3},
 }
