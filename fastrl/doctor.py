@@ -140,11 +140,7 @@ def _missing(facts: dict[str, Any]) -> list[dict[str, str]]:
         compiler = "" if facts["C++ compiler"] else "apt-get install g++, then "
         add(
             "native kernels",
-            "unset FASTRL_NATIVE"
-            if off
-            else get
-            if facts["C++ compiler"]
-            else "apt-get install g++, then " + get,
+            "unset FASTRL_NATIVE" if off else compiler + get,
             "every op runs in plain PyTorch: several times slower, logits held in memory",
         )
     elif facts["GPU"] and not native.module().build_info()["cuda"]:

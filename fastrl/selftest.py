@@ -49,8 +49,8 @@ def _upstream(out: Tensor) -> Tensor:
 
 def _with_gradients(outputs: Values, leaves: Values) -> Values:
     """The outputs, and the gradients of their sum weighted from row to row."""
-    loss = sum((x * _upstream(x)).sum() for x in outputs.values())
-    grads = torch.autograd.grad(loss, list(leaves.values()))
+    upstream = [_upstream(x) for x in outputs.values()]
+    grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
     return {**outputs, **{f"grad {n}": g for n, g in zip(leaves, grads, strict=True)}}
 
 
@@ -156,14 +156,15 @@ def _poisoned() -> Iterator[None]:
     """Fresh tensors are full of NaN (integers of their largest value) inside."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def _error(got: Tensor, want: Tensor) -> float:
