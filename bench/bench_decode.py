@@ -10,6 +10,7 @@ import torch
 
 from fastrl.bench.bench_rollout import build, weights
 from fastrl.bench.race import Race, Variant, Work, relative, within
+from fastrl.kernels import native
 from fastrl.models import backbone
 from fastrl.rollout.decoder import Decoder, NativeRows
 
@@ -78,7 +79,9 @@ class Decode(Race):
     }
 
     def variants(self, device):
-        return {"fastrl": Variant(Native), "Hugging Face": Variant(HuggingFace, "hf")}
+        kernel = native.unavailable("cpu", device) is None
+        mine = {"fastrl": Variant(Native)} if kernel else {}
+        return {**mine, "Hugging Face": Variant(HuggingFace, "hf")}
 
     @torch.no_grad()
     def draw(self, shape, device):

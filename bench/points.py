@@ -125,7 +125,7 @@ def field(
         else:
             absent[variant.peer if why.startswith("not installed") else name] = why
     if not any(v.ours for v in race.variants(device).values()):
-        absent[f"fastrl's {race.op}"] = native.why_missing or f"has no kernel for {device} yet"
+        absent[f"fastrl's {race.op}"] = native.why_missing or f"it has no kernel for {device} yet"
     return names, absent
 
 

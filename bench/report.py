@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -38,10 +39,11 @@ def show_point(result: dict, console: Console) -> None:
         console.print(f"{title}: {why}", markup=False, highlight=False)
     if not result["variants"]:
         return
-    table = Table(title=title, title_justify="left")
-    for column in ("variant", "mode"):
-        table.add_column(column)
-    for column in ("median", "20-80% ms", "x", "rate", "of peak", "+MB", "error"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("variant", min_width=12, overflow="fold")
+    table.add_column("mode")
+    wide = console.width >= 100
+    for column in ("ms", "20-80%", "x", "rate", "peak", "+MB", *(["error"] if wide else [])):
         table.add_column(column, justify="right", no_wrap=True)
     base = best_of_ours(result)
     for mode in result["bounds"]:
@@ -49,11 +51,11 @@ def show_point(result: dict, console: Console) -> None:
             if mode in of:
                 style = "bold" if of["peer"] == "fastrl" else None
                 cells = _timing(of, mode, base.get(mode), result["bounds"][mode])
-                table.add_row(name, mode, *cells, style=style)
+                table.add_row(name, mode, *cells[: 7 if wide else 6], style=style)
         table.add_section()
     if table.row_count:
         console.print(table)
-    elif title:
+    else:
         console.print(title, highlight=False)
     for name, of in result["variants"].items():
         for kind in ("wrong", "failed", "skipped"):
@@ -67,9 +69,9 @@ def _timing(of: dict, mode: str, base: float | None, bound: dict) -> list[str]:
     times, errors = of[mode], of.get("errors", {})
     median = times["median"]
     return [
-        milliseconds(median),
-        f"{1e3 * times['p20']:.3g}-{1e3 * times['p80']:.3g}",
-        f"{median / base:.2f}" if base else "",
+        figure(1e3 * median),
+        f"{figure(1e3 * times['p20'])}-{figure(1e3 * times['p80'])}",
+        (f"{median / base:.2f}" if median < 100 * base else f"{median / base:.0f}") if base else "",
         rate(median, bound),
         f"{bound['floor'] / median:.0%}" if "floor" in bound else "",
         f"{of['extra_mb'][mode]:.0f}" if "extra_mb" in of else "",
@@ -77,9 +79,9 @@ def _timing(of: dict, mode: str, base: float | None, bound: dict) -> list[str]:
     ]
 
 
-def milliseconds(seconds: float) -> str:
-    ms = 1e3 * seconds
-    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+def figure(x: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def rate(seconds: float, bound: dict) -> str:
@@ -88,8 +90,10 @@ def rate(seconds: float, bound: dict) -> str:
     if "floor" in bound:
         arithmetic = bound["by"] == "operations"
     if arithmetic:
-        return f"{bound['operations'] / seconds / 1e12:.3g} TFLOP/s"
-    return f"{bound['bytes'] / seconds / 1e9:.3g} GB/s"
+        flops = bound["operations"] / seconds
+        tera = flops >= 1e12
+        return f"{figure(flops / (1e12 if tera else 1e9))} {'T' if tera else 'G'}FLOP/s"
+    return f"{figure(bound['bytes'] / seconds / 1e9)} GB/s"
 
 
 def best_of_ours(result: dict) -> dict[str, float]:

@@ -242,7 +242,7 @@ def test_shapes_from_an_option_a_grid_and_an_old_report():
         (["nothing"], "op 'nothing' has no benchmark; choose from scan"),
         (["scan", "--against", "them"], "--against 'them' is unknown"),
         (["scan", "--grid", "huge"], "scan has no grid 'huge'; it has quick, default"),
-        (["scan", "--shape", "B=x"], "'x' is no number"),
+        (["scan", "--shape", "B=x"], "'x' is not a number"),
         (["scan", "--shape", "N=1"], "scan: shape has 'N'; it may have B, T"),
         (["--shape", "N=1"], "--shape is of one op"),
         (["--quick", "--grid", "full"], "exclude each other"),
