@@ -103,4 +103,19 @@ environment editable-env
 FASTRL_CUDA=off install editable-env --editable "$source"
 check editable-env "$work" cpu
 check editable-env "$source" cpu
+# The wheel from above beside other torches, where TORCHES names some: TORCHES="2.9.1+cpu 2.12.0+cpu"
+# with PIP_INDEX_URL=https://download.pytorch.org/whl/cpu. Everything but torch is this environment's.
+for version in ${TORCHES:-}; do
+  echo "== torch $version"
+  environment "torch-$version"
+  install "torch-$version" "torch==$version"
+  install "torch-$version" "$work"/wheel/*.whl
+  "$work/torch-$version/bin/python" -c "import torch; assert torch.__version__ == '$version'"
+  check "torch-$version" "$work" cpu
+done
+
+# Which Linux the wheel runs on; a wheel for manylinux_2_28 has to be built in its image.
+if command -v auditwheel >/dev/null; then
+  auditwheel show "$work"/wheel/*.whl | tr '\n' ' ' | grep -o 'tag: "[^"]*"' | sort -u
+fi
 echo "packaging: ok"
