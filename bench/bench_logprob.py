@@ -116,7 +116,7 @@ class Logprob(Race):
         "quick": [point(128, 896, 32000)],
         "default": [
             point(16, 896, 151936),
-            point(256, 896, 151936),
+            point(128, 896, 151936),
             point(512, 896, 32000, "float32"),
             point(512, 896, 32000, ignored=0.5, entropy=True),
         ],

@@ -59,7 +59,7 @@ class Sample(Race):
     defaults = {"M": 16, "H": 896, "V": 151936, "dtype": "bfloat16"}
     grids = {
         "quick": [{"M": 16, "V": 32000}],
-        "default": [{"M": 1}, {"M": 16}, {"M": 128}],
+        "default": [{"M": 1}, {"M": 16}, {"M": 64}],
         "full": [{"M": m, "dtype": d} for m in (1, 16, 256) for d in ("bfloat16", "float32")],
     }
 

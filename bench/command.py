@@ -39,7 +39,7 @@ def options(
         raise ValueError(f"--threads {threads} must be at least 1")
     chosen = Options(device=device, threads=threads or cores, isa=isa)
     if quick:
-        chosen = replace(chosen, seconds=3.0)
+        chosen = replace(chosen, seconds=2.0)
     return replace(chosen, **{k: v for k, v in given.items() if v is not None})
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Options:
     device: str = "cpu"
     threads: int = 1
     isa: str | None = None
-    seconds: float = 10.0
+    seconds: float = 6.0
     rounds: int = 30
     pause: float = 0.01
     silence: float = 120.0
@@ -129,15 +130,27 @@ def field(
     return names, absent
 
 
-def run_point(race: Race, shape: Shape, names: list[str], options: Options) -> dict:
-    """Errors, times and extra memory of each variant, and why some are missing."""
+def size(race: Race, shape: Shape) -> float:
+    """Operations, by which shapes are ordered."""
+    return race.work(shape, race.modes[-1]).operations
+
+
+def run_point(
+    race: Race, shape: Shape, names: list[str], options: Options, slow: dict[str, float]
+) -> dict:
+    """Errors, times and extra memory of each variant, and why some are missing.
+
+    ``slow`` holds the sizes at which a variant took too long, and gets those that do so here.
+    """
     found: dict[str, dict[str, Any]] = {}
     variants = race.variants(torch.device(options.device))
     result: dict[str, Any] = {"op": race.op, "shape": shape, "variants": found}
     left = []
     for name in names:
         need = race.bytes_needed(name, shape)
-        if options.device == "cpu" and need > 0.9 * measure.available():
+        if size(race, shape) >= slow.get(name, float("inf")):
+            found[name] = {"skipped": "took too long at a smaller size"}
+        elif options.device == "cpu" and need > 0.9 * measure.available():
             free = measure.available() / 2**30
             why = f"needs about {need / 2**30:.0f} GB, {free:.0f} GB are free"
             found[name] = {"skipped": why}
@@ -164,6 +177,8 @@ def run_point(race: Race, shape: Shape, names: list[str], options: Options) -> d
                 break
             found[started] = {"failed": str(why)}
             left.remove(started)
+            if isinstance(why, TooSlow):
+                slow[started] = size(race, shape)
     for name, of in found.items():
         of["peer"] = variants[name].peer
     return result
@@ -188,7 +203,8 @@ def run(
 ) -> Iterator[dict]:
     """The report of the races in ``shapes`` (by op): first without a shape, then after every one.
 
-    Shapes that are among the points of an earlier report, ``before``, are not run again.
+    The smallest come first, so that a limit leaves out the largest. Shapes that are among the
+    points of an earlier report, ``before``, are not run again.
     """
     device = torch.device(options.device)
     fields = {op: field(bench.load(op), against, device) for op in shapes}
@@ -213,11 +229,14 @@ def run(
     done = [(p["op"], p["shape"]) for p in before]
     for op, some in shapes.items():
         race = bench.load(op)
-        for shape in (s for s in some if (op, s) not in done):
+        slow: dict[str, float] = {}
+        for shape in sorted(some, key=partial(size, race)):
+            if (op, shape) in done:
+                continue
             if time.monotonic() > end:
                 result = {"op": op, "shape": shape, "variants": {}, "skipped": "out of time"}
             else:
-                result = run_point(race, shape, fields[op][0], options)
+                result = run_point(race, shape, fields[op][0], options, slow)
             result["bounds"] = bounds(race, shape, found["peaks"])
             report["points"].append(result)
             yield report

@@ -10,6 +10,7 @@ from rich.table import Table
 from fastrl.bench.race import describe
 
 LEAST_BAND = 0.05  # a change smaller than this is noise whatever the percentiles say
+FEW, WIDE_BAND = 3, 0.3  # with fewer rounds than that there are no percentiles to tell by
 Comparison = list[dict[str, Any]]
 
 
@@ -122,9 +123,9 @@ def compare(old: dict, new: dict) -> Comparison:
     """Every variant, shape and mode that both reports have, with the ratio of medians, new / old.
 
     ``band`` is how far apart noise can bring two medians: half of each report's 20-80% range, in
-    shares of the old median, and at least 5%. ``verdict`` is "slower", "faster" or "same", and
-    "wrong" for what was timed and now fails its gate. ValueError where the reports are of machines
-    or settings that cannot be compared.
+    shares of the old median, and at least 5%, or 30% where there were less than 3 rounds.
+    ``verdict`` is "slower", "faster" or "same", and "wrong" for what was timed and now fails its
+    gate. ValueError where the reports are of machines or settings that cannot be compared.
     """
     for key in ("device", "threads", "isa"):
         if old.get(key) != new.get(key):
@@ -150,7 +151,11 @@ def compare(old: dict, new: dict) -> Comparison:
                         rows.append(row | {"ratio": math.nan, "band": 0.0, "verdict": "wrong"})
                     continue
                 spread = (a["p80"] - a["p20"] + b["p80"] - b["p20"]) / 2 / a["median"]
-                ratio, band = b["median"] / a["median"], max(LEAST_BAND, spread)
+                few = min(a["rounds"], b["rounds"]) < FEW
+                ratio, band = (
+                    b["median"] / a["median"],
+                    max(WIDE_BAND if few else LEAST_BAND, spread),
+                )
                 verdict = "slower" if ratio > 1 + band else "faster" if ratio < 1 - band else "same"
                 rows.append(row | {"ratio": ratio, "band": band, "verdict": verdict})
     if not rows:

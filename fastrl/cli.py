@@ -111,7 +111,7 @@ def bench(
         str | None, typer.Option(help="Hold ours and PyTorch to generic, avx2, avx512, ...")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="For a shape's rounds; default 10, with --quick 3.")
+        float | None, typer.Option(help="For a shape's rounds; default 6, with --quick 2.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Of each variant at most; default 30.")] = None,
     limit: Annotated[

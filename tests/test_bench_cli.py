@@ -74,6 +74,16 @@ def test_memory_is_what_a_call_takes_beyond_what_it_returns(monkeypatch):
     assert extra["lean"] < 16 and 60 < extra["hungry"] < 96
 
 
+def test_what_was_too_slow_or_is_too_large_is_left_out_and_said(monkeypatch):
+    race = bench.load("logprob")
+    shape = race.shapes("quick", CPU)[0]
+    monkeypatch.setattr(measure, "available", lambda: 2.0**20)
+    slow = {"eager": points.size(race, shape)}
+    found = points.run_point(race, shape, ["eager", "TRL chunked"], points.Options(), slow)
+    assert found["variants"]["eager"]["skipped"] == "took too long at a smaller size"
+    assert found["variants"]["TRL chunked"]["skipped"].startswith("needs about")
+
+
 def test_statistics_by_hand():
     found = measure.statistics_of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
     assert found == {"median": 3.5, "p20": 2.0, "p80": 5.0, "best": 1.0, "rounds": 6}
@@ -169,11 +179,12 @@ def test_compare_exits_with_1_where_ours_became_slower(written):
     assert "slower" in result.output
 
 
-def made_up(median, spread=0.0, peer="fastrl", **extra):
+def made_up(median, spread=0.0, peer="fastrl", rounds=9):
     """A report of one point of one variant."""
     times = {"median": median, "p20": median - spread / 2, "p80": median + spread / 2}
+    times["rounds"] = rounds
     point = {"op": "scan", "shape": dict(SMALL), "bounds": {"forward": {}}}
-    variant = {"peer": peer, "forward": times} | extra
+    variant = {"peer": peer, "forward": times}
     machine = {"cpu": "this", "family": "one", "gpu": None}
     same = {"device": "cpu", "threads": 2, "isa": "avx2", "machine": machine}
     return same | {"points": [point | {"variants": {"v": variant}}]}
@@ -187,6 +198,7 @@ def made_up(median, spread=0.0, peer="fastrl", **extra):
         (made_up(1.0, 0.1), made_up(1.06, 0.1), "same"),  # (0.1 + 0.1) / 2 is 10% of noise
         (made_up(1.0, 0.1), made_up(1.11, 0.1), "slower"),
         (made_up(1.0), made_up(0.9), "faster"),
+        (made_up(1.0), made_up(1.2, rounds=1), "same"),  # a single round has no percentiles
     ],
 )
 def test_noise_band_by_hand(old, new, verdict):
