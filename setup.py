@@ -94,8 +94,12 @@ setup(
     packages=[
         *find_packages(include=["fastrl", "fastrl.*"]),
         *(f"fastrl.kernels.{family}" for family in FAMILIES),
+        "fastrl.bench",
     ],
-    package_dir={f"fastrl.kernels.{family}": f"kernels/{family}" for family in FAMILIES},
+    package_dir={
+        **{f"fastrl.kernels.{family}": f"kernels/{family}" for family in FAMILIES},
+        "fastrl.bench": "bench",
+    },
     package_data={"fastrl": ["py.typed", "recipes/*.yaml"]},
     include_package_data=False,
     ext_modules=[Extension("fastrl._C", sources=[])],

@@ -11,8 +11,10 @@ far these are from the float64 ones where both are known.
 from dataclasses import dataclass
 
 import torch
-from baselines import IGNORE, OURS
 
+from fastrl.bench.race import Verdict
+
+IGNORE = -100
 SAMPLE = 32
 BLOCK = 2048  # vocabulary entries at a time
 PEERS_LIMIT = 0.1  # a variant that is further off than any rounding is wrong
@@ -47,16 +49,15 @@ class Truth:
             errors["ignored"] = max(v[self.ignored].abs().max().item() for v in per_token)
         return errors
 
-    def verdict(self, variant: str, errors: dict[str, float]) -> str | None:
-        """What is wrong with a variant of these errors, or None."""
+    def verdict(self, ours: bool, errors: dict[str, float]) -> Verdict:
+        """Ours may have twice the error of the reference, others what no rounding explains."""
         for name, error in errors.items():
-            if variant != OURS:
-                limit = PEERS_LIMIT
-            else:
+            limit = PEERS_LIMIT
+            if ours:
                 limit = 0.0 if name == "ignored" else 2 * self.reference[name] + 2e-7
             if not error <= limit:
-                return f"error of {name} is {error:.2g}, more than {limit:.2g}"
-        return None
+                return Verdict(errors, f"{name} is off by {error:.2g}, more than {limit:.2g}")
+        return Verdict(errors)
 
 
 def _error(got, want) -> float:
@@ -99,8 +100,9 @@ def _of_words(hidden, weight, target, words, lse, spread, entropy, dtype):
 def statistics(hidden, weight, target):
     """lse and entropy of all tokens that are not ignored: float32 logits, float64 sums."""
     hidden = hidden[target != IGNORE]
-    h, top = hidden.float(), torch.full((len(hidden),), -torch.inf)
-    total = torch.zeros(len(hidden), dtype=torch.float64)
+    h = hidden.float()
+    top = h.new_full((len(hidden),), -torch.inf)
+    total = torch.zeros_like(top, dtype=torch.float64)
     weighted = torch.zeros_like(total)
     for block in _blocks(weight):
         z = h @ weight[block].float().T
@@ -119,12 +121,10 @@ def truth(hidden, weight, target, entropy: bool, known=None) -> Truth:
     """Of `logprob.sum()`, plus `entropy.sum()` if asked for; ``known`` are the `statistics`."""
     g = torch.Generator().manual_seed(1)
     kept = torch.nonzero(target != IGNORE).squeeze(-1)
-    at = torch.randperm(len(kept), generator=g)[:SAMPLE]
+    at = torch.randperm(len(kept), generator=g)[:SAMPLE].to(kept.device)
     rows, h, t = kept[at], hidden[kept], target[kept]
-    words = torch.cat(
-        [t[at[: SAMPLE // 2]], torch.randint(len(weight), (SAMPLE // 2,), generator=g)]
-    )
-    words = words.unique()
+    some = torch.randint(len(weight), (SAMPLE // 2,), generator=g).to(t.device)
+    words = torch.cat([t[at[: SAMPLE // 2]], some]).unique()
     lse, spread = known or statistics(hidden, weight, target)
     results = []
     for dtype in (torch.float64, torch.float32):

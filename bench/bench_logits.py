@@ -1,38 +1,35 @@
-"""logprob_from_logits against eager PyTorch and TRL's selective_log_softmax.
+"""logprob_from_logits against eager PyTorch, torch.compile and TRL's selective_log_softmax.
 
-python -m pytest bench/bench_logits.py       pytest-benchmark's table, one case at a time
-python bench/bench_logits.py [--rounds N]    variants interleaved round by round, ratios printed
-
-The floor is memory: the logits read once forward, and read and a gradient written once backward.
+The floor is memory: the logits read once forward; read and a gradient written once backward.
 """
 
-import argparse
-import statistics
-import time
+from functools import cache, partial
 
-import pytest
 import torch
 
-from fastrl.kernels import logprob_from_logits
-
-SHAPES = [
-    ((64, 8, 32000), "float32"),
-    ((64, 8, 32000), "bfloat16"),
-    ((1024, 151936), "float32"),
-    ((2048, 151936), "bfloat16"),
-]
+from fastrl.bench.race import BOTH, Race, Variant, Work, relative, within
+from fastrl.kernels import logprob_from_logits, native
 
 
 def ours(logits, target):
-    return logprob_from_logits(logits, target, impl="cpu").logprob
+    return logprob_from_logits(logits, target).logprob
 
 
 def inplace(logits, target):
-    return logprob_from_logits(logits, target, inplace_backward=True, impl="cpu").logprob
+    return logprob_from_logits(logits, target, inplace_backward=True).logprob
 
 
 def eager(logits, target):
     return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+@cache
+def _compiled():
+    return torch.compile(eager)
+
+
+def compiled(logits, target):
+    return _compiled()(logits, target)
 
 
 def trl(logits, target):
@@ -41,65 +38,76 @@ def trl(logits, target):
     return selective_log_softmax(logits, target)
 
 
-VARIANTS = {"ours": ours, "ours, in place": inplace, "eager": eager, "trl": trl}
+class Logits(Race):
+    op = "logits"
+    about = "log-probs [N] of targets from logits [N, V]"
+    defaults = {"N": 512, "V": 32000, "dtype": "float32"}
+    grids = {
+        "quick": [{"N": 512, "V": 32000, "dtype": "bfloat16"}],
+        "default": [
+            {"N": 512, "V": 32000, "dtype": "float32"},
+            {"N": 512, "V": 32000, "dtype": "bfloat16"},
+            {"N": 512, "V": 151936, "dtype": "bfloat16"},
+        ],
+        "full": [
+            {"N": n, "V": v, "dtype": dtype}
+            for n, v in ((512, 32000), (1024, 151936), (2048, 151936))
+            for dtype in ("float32", "bfloat16")
+        ],
+    }
 
-
-def draw(shape, dtype):
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(shape, generator=g, dtype=getattr(torch, dtype))
-    return logits, torch.randint(shape[-1], shape[:-1], generator=g)
-
-
-def check(name, logits, target):
-    """The gate before any timing: a wrong kernel has no speed."""
-    got = VARIANTS[name](logits[:2], target[:2]).double()
-    want = eager(logits[:2].double(), target[:2])
-    limit = 1e-4 if name.startswith("ours") or logits.dtype == torch.float32 else 0.1
-    assert (got - want).abs().max() < limit, f"{name} is wrong"
-
-
-def once(name, logits, target):
-    """Seconds of the forward and of the backward, on logits that may be overwritten."""
-    x = (logits.clone() if name == "ours, in place" else logits.detach()).requires_grad_()
-    start = time.perf_counter()
-    out = VARIANTS[name](x, target)
-    middle = time.perf_counter()
-    torch.autograd.grad(out.sum(), x)
-    return middle - start, time.perf_counter() - middle
-
-
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_logprob_from_logits(benchmark, name, shape):
-    inputs = draw(*shape)
-    check(name, *inputs)
-    benchmark.pedantic(once, args=(name, *inputs), rounds=3, warmup_rounds=1)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
-    for shape in SHAPES:
-        inputs, times = draw(*shape), {name: [] for name in VARIANTS}
-        for name in VARIANTS:
-            check(name, *inputs)
-            once(name, *inputs)
-        for _ in range(rounds):
-            for name in VARIANTS:
-                times[name].append(once(name, *inputs))
-        print(*shape)
-        medians = {
-            name: (statistics.median(f for f, _ in t), statistics.median(f + b for f, b in t))
-            for name, t in times.items()
+    def variants(self, device):
+        kernel = native.unavailable("cpu", device) is None
+        mine = {"fastrl": Variant(ours), "fastrl, in place": Variant(inplace)} if kernel else {}
+        return {
+            **mine,
+            "eager": Variant(eager, "eager"),
+            "torch.compile": Variant(compiled, "compile", compiled=True),
+            "TRL": Variant(trl, "trl"),
         }
-        ours_forward, ours_both = medians["ours"]
-        for name, (forward, both) in medians.items():
-            print(
-                f"  {name:16s} forward {forward * 1e3:9.2f} ms ({forward / ours_forward:.2f}x)"
-                f"   both {both * 1e3:9.2f} ms ({both / ours_both:.2f}x)"
-            )
+
+    def draw(self, shape, device):
+        g = torch.Generator().manual_seed(0)
+        dtype = getattr(torch, shape["dtype"])
+        logits = torch.randn(shape["N"], shape["V"], generator=g, dtype=dtype).to(device)
+        return logits, torch.randint(shape["V"], (shape["N"],), generator=g).to(device)
+
+    def before(self, variant, inputs, mode):
+        logits, target = inputs
+        spoilt = variant.function is inplace and mode == BOTH
+        return logits.clone() if spoilt else logits, target
+
+    def call(self, variant, inputs, mode):
+        logits, target = inputs
+        if mode == BOTH:
+            leaf = logits.detach().requires_grad_()
+            return lambda: torch.autograd.grad(variant.function(leaf, target).sum(), leaf)
+        return torch.no_grad()(partial(variant.function, logits, target))
+
+    def gate(self, variant, inputs, shape):
+        logits, target = inputs[0][:3], inputs[1][:3]
+        exact = logits.double().requires_grad_()
+        want = eager(exact, target)
+        wanted = torch.autograd.grad(want.sum(), exact)[0]
+        leaf = logits.clone().requires_grad_()
+        got = variant.function(leaf, target)
+        errors = {"logprob": (got.double() - want).abs().max().item()}
+        errors["grad"] = relative(torch.autograd.grad(got.sum(), leaf)[0], wanted)
+        rounds = 1e-4 if variant.ours or shape["dtype"] == "float32" else 0.1
+        rounding = 1e-5 if shape["dtype"] == "float32" else 0.01
+        return within(errors, {"logprob": rounds, "grad": rounding})
+
+    def small(self, shape):
+        return shape | {"N": 4, "V": min(shape["V"], 1024)}
+
+    def bytes_needed(self, name, shape):
+        return 14.0 * shape["N"] * shape["V"]
+
+    def work(self, shape, mode):
+        itemsize = 4 if shape["dtype"] == "float32" else 2
+        passes = 3 if mode == BOTH else 1
+        logits = float(shape["N"] * shape["V"])
+        return Work(4.0 * passes * logits, passes * itemsize * logits)
 
 
-if __name__ == "__main__":
-    main()
+RACE = Logits()

@@ -1,213 +1,238 @@
-"""linear_logprob on a CPU against eager PyTorch, torch.compile and the fused losses of others.
+"""linear_logprob against eager PyTorch, torch.compile and the fused losses of others.
 
-python -m pytest bench/bench_logprob.py       pytest-benchmark's table, one small shape
-python bench/bench_logprob.py --grid issue    checked, timed in turns, memory measured, as JSON
-python bench/bench_logprob.py --help          grids, and how to bound what is run
-
-Every point runs in processes of its own (point.py). A variant is timed only after its results agree
-with float64 (accuracy.py). The gradient is that of the sum of the log-probs, and entropies.
+Each variant is `f(hidden [N, H], weight [V, H], target [N], entropy) -> {"logprob": [N], ...}` in
+nats, 0 where the target is -100, with "entropy" where it is asked for and on offer. The gradient is
+that of the sum of the log-probs, and entropies. The gate is accuracy.py.
 """
 
-import argparse
 import itertools
-import json
-import os
-import sys
-import time
-from pathlib import Path
+from functools import cache, partial
 
-import peak
-import pytest
-import race
-from baselines import NO_ENTROPY, OURS, VARIANTS, counted, missing
+import torch
+import torch.nn.functional as F
 
-TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
-WIDTHS = (896, 2048, 4096)
-VOCABS = (32000, 128256, 151936, 256000)
-BOTH_DTYPES = ("bfloat16", "float32")
+from fastrl.bench import accuracy
+from fastrl.bench.accuracy import IGNORE
+from fastrl.bench.race import BOTH, Race, Variant, Work
+from fastrl.kernels import linear_logprob, native
 
-# Shapes (tokens, width, vocab), and the defaults of --dtype, --entropy and --ignored.
-GRIDS = {
-    "small": ([(1, 896, 32000), (16, 896, 32000), (256, 896, 32000)], BOTH_DTYPES, "both", (0, 50)),
-    "issue": ([(2048, 896, 151936), (16, 896, 151936)], BOTH_DTYPES, "no", (0, 50)),
-    "full": (list(itertools.product(TOKENS, WIDTHS, VOCABS)), BOTH_DTYPES, "both", (0, 50, 90)),
-    "peers": (
-        [(252, 128, 507), (1530, 2048, 32256), (2169, 896, 151936), (1937, 3584, 152064)],
-        BOTH_DTYPES,
-        "no",
-        (0,),
-    ),
+TRL_CHUNK = 32768  # what TRL's trainers pass
+EVERYTHING_MB = 2.0**20
+
+
+def ours(hidden, weight, target, entropy, impl="auto", workspace_mb=None):
+    options = {} if workspace_mb is None else {"workspace_mb": workspace_mb}
+    out = linear_logprob(hidden, weight, target, entropy=entropy, impl=impl, **options)
+    return {name: value for name, value in out._asdict().items() if value is not None}
+
+
+def eager(hidden, weight, target, entropy):
+    """All rows go through the head, as in a trainer that masks afterwards."""
+    logprobs = F.linear(hidden, weight).float().log_softmax(-1)
+    ignored = target == IGNORE
+    chosen = logprobs.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    out = {"logprob": chosen.masked_fill(ignored, 0.0)}
+    if entropy:
+        spread = -(logprobs.exp() * logprobs).sum(-1)
+        out["entropy"] = spread.masked_fill(ignored, 0.0)
+    return out
+
+
+@cache
+def _compiled_eager():
+    return torch.compile(eager)
+
+
+def compiled(hidden, weight, target, entropy):
+    return _compiled_eager()(hidden, weight, target, entropy)
+
+
+def torch_lce(hidden, weight, target, entropy):
+    return {"logprob": -F.linear_cross_entropy(hidden, weight, target, reduction="none")}
+
+
+def torch_lce_chunked(hidden, weight, target, entropy):
+    """Their sum: only then does it compute its gradients once."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    loss = F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options)
+    return {"logprob": -loss}
+
+
+def cce(hidden, weight, target, entropy):
+    from cut_cross_entropy import linear_cross_entropy
+
+    impl = "cce" if hidden.is_cuda else "torch_compile"
+    return {"logprob": -linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)}
+
+
+def liger(hidden, weight, target, entropy):
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll, spread = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        hidden, weight, target, temperature=1.0, ignore_index=IGNORE, return_entropy=True
+    )
+    return {"logprob": -nll} | ({"entropy": spread} if entropy else {})
+
+
+def trl_chunked(hidden, weight, target, entropy):
+    """As TRL's trainers call it where it scores ignored rows too."""
+    try:
+        from trl.kernels import ChunkedLogProbFunction as Chunked
+    except ImportError:
+        from trl.trainer.utils import _ChunkedLogProbFunction as Chunked
+    names = ("entropy",) if entropy else ()
+    logprob, spread, *_ = Chunked.apply(
+        hidden, weight, None, target.clamp(min=0), 1.0, TRL_CHUNK, None, 1.0, names
+    )
+    out = {"logprob": logprob, "entropy": spread}
+    return {k: x.masked_fill(target == IGNORE, 0.0) for k, x in out.items() if x is not None}
+
+
+# Bytes beyond inputs and gradients for each of the N V logits, at most: forward and backward,
+# without and with entropy. Only to skip what would not fit; the benchmark measures what is true.
+BYTES_PER_LOGIT = {
+    "eager": (14, 30),
+    "torch.compile": (10, 14),
+    "F.linear_cross_entropy": (12, 12),
+    "cut-cross-entropy": (10, 10),
 }
 
 
-def bounds(point: dict, report: dict) -> dict[str, dict[str, float]]:
-    """Seconds of the floor, and of our operations alone at the peak, forward and both."""
-    tokens, width, vocab = point["shape"]
-    kept = counted(tokens, point["ignored"])
-    share = min(1.0, report["workspace_mb"] * 2**20 / (2.25 * kept * vocab))
-    where = (report["peaks"], report["isa"], report["threads"])
-    rate = peak.flops(*where, point["dtype"])
-    shape = (kept, width, vocab)
-    return {
-        mode: {
-            "floor": peak.floor(*where, shape, point["dtype"], mode == "both", share),
-            "operations": peak.operations(*shape, mode == "both", share) / rate,
-        }
-        for mode in ("forward", "both")
+def point(n, h, v, dtype="bfloat16", ignored=0.0, entropy=False):
+    return {"N": n, "H": h, "V": v, "dtype": dtype, "ignored": ignored, "entropy": entropy}
+
+
+TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
+WIDTHS, VOCABS = (896, 2048, 4096), (32000, 128256, 151936, 256000)
+DTYPES = ("bfloat16", "float32")
+PEERS = [(252, 128, 507), (1530, 2048, 32256), (2169, 896, 151936), (1937, 3584, 152064)]
+
+
+class Logprob(Race):
+    op = "logprob"
+    about = "log-probs [N] from hidden [N, H] and lm-head [V, H]"
+    defaults = {**point(2048, 896, 151936), "workspace_mb": None}
+    grids = {
+        "quick": [point(128, 896, 32000)],
+        "default": [
+            point(16, 896, 151936),
+            point(128, 896, 151936),
+            point(512, 896, 32000, "float32"),
+            point(512, 896, 32000, ignored=0.5, entropy=True),
+        ],
+        "small": [
+            point(n, 896, 32000, d, i, e)
+            for n, d, e, i in itertools.product((1, 16, 256), DTYPES, (False, True), (0.0, 0.5))
+        ],
+        "issue": [
+            point(n, 896, 151936, d, i) for n in (16, 2048) for d in DTYPES for i in (0.0, 0.5)
+        ],
+        "full": [
+            point(n, h, v, d, i, e)
+            for n, h, v, d, e, i in itertools.product(
+                TOKENS, WIDTHS, VOCABS, DTYPES, (False, True), (0.0, 0.5, 0.9)
+            )
+        ],
+        "peers": [point(*shape, d) for shape in PEERS for d in DTYPES],
     }
-
-
-def describe(point: dict) -> str:
-    n, h, v = point["shape"]
-    ignored = f", {point['ignored']:.0%} ignored" if point["ignored"] else ""
-    return f"N={n} H={h} V={v} {point['dtype']}{', entropy' if point['entropy'] else ''}{ignored}"
-
-
-def show(result: dict):
-    """Prints a point."""
-    found = result["variants"]
-    base = found.get(OURS, {})
-    if "failed" in result:
-        print(f"  FAILED: {result['failed']}")
-    for name, of in found.items():
-        if "skipped" in of or "failed" in of:
-            print(f"  {name:30s} {'; '.join(of[k] for k in ('skipped', 'failed') if k in of)}")
-            continue
-        text = f"  {name:30s}"
-        for mode in ("forward", "both"):
-            if mode not in of:
-                continue
-            median = of[mode]["median"]
-            text += f" {mode} {median * 1e3:10.2f} ms"
-            if mode in base:
-                text += f" ({median / base[mode]['median']:5.2f}x)"
-            if "extra_mb" in of:
-                text += f" {of['extra_mb'][mode]:+7.0f} MB"
-        if "errors" in of:
-            text += f"  error {max(of['errors'].values()):.1e}"
-        if result["entropy"] and name in NO_ENTROPY:
-            text += "  (without entropy)"
-        print(text)
-    for mode, least in result.get("bounds", {}).items():
-        if mode in base:
-            took = base[mode]["median"]
-            print(
-                f"  {OURS} {mode}: {least['operations'] / took:.0%} of the peak, "
-                f"{took / least['floor']:.2f} times the floor of {least['floor'] * 1e3:.2f} ms"
-            )
-    everything = found.get(f"{OURS}, none ignored", {})
-    for mode in ("forward", "both"):
-        if mode in everything and mode in base:
-            tokens = result["shape"][0]
-            share = counted(tokens, result["ignored"]) / tokens * everything[mode]["median"]
-            print(
-                f"  {OURS} {mode}: {base[mode]['median'] / share:.2f} times its share of the rows"
-            )
-
-
-def points(options) -> list[dict]:
-    """Smallest first, so that a limit leaves out the largest."""
-    shapes, dtypes, entropy, ignored = GRIDS[options.grid]
-    shapes = options.only or shapes
-    wanted = {"no": (False,), "yes": (True,), "both": (False, True)}[options.entropy or entropy]
-    axes = (shapes, options.dtype or dtypes, wanted, options.ignored or ignored)
-    found = [
-        {"shape": list(s), "dtype": d, "entropy": e, "ignored": i / 100}
-        for s, d, e, i in itertools.product(*axes)
+    cuda = [
+        point(8192, 4096, 131072, entropy=True),
+        point(8192, 4096, 131072, ignored=0.5, entropy=True),
+        point(8192, 4096, 131072, ignored=0.9, entropy=True),
+        point(2048, 896, 151936, entropy=True),
+        point(16384, 2048, 128256, entropy=True),
+        point(16, 4096, 151936, entropy=True),
+        point(4096, 2048, 32000, "float16", entropy=True),
+        point(2048, 896, 32000, "float32", entropy=True),
     ]
-    return sorted(found, key=race.size)
+
+    def variants(self, device):
+        found = {}
+        if native.unavailable("cpu", device) is None:
+            found["fastrl"] = Variant(ours)
+        for impl in ("triton", "cuda") if device.type == "cuda" else ():
+            if native.unavailable(impl, device) is None:
+                found[f"fastrl {impl}"] = Variant(partial(ours, impl=impl, workspace_mb=0.0))
+                kept = partial(ours, impl=impl, workspace_mb=EVERYTHING_MB)
+                found[f"fastrl {impl}, workspace"] = Variant(kept)
+        found["eager"] = Variant(eager, "eager")
+        found["torch.compile"] = Variant(compiled, "compile", compiled=True)
+        if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+            found["F.linear_cross_entropy"] = Variant(torch_lce, "torch")
+            found["F.linear_cross_entropy chunked"] = Variant(torch_lce_chunked, "torch", slow=True)
+        found["cut-cross-entropy"] = Variant(cce, "cce", compiled=True)
+        found["TRL chunked"] = Variant(trl_chunked, "trl")
+        if device.type == "cuda":
+            found["Liger"] = Variant(liger, "liger")
+        return found
+
+    def draw(self, shape, device):
+        """hidden, weight, target, entropy and workspace; logits have a deviation of 2."""
+        g = torch.Generator().manual_seed(0)
+        n, h, v, dtype = shape["N"], shape["H"], shape["V"], getattr(torch, shape["dtype"])
+        hidden = torch.empty(n, h, dtype=dtype).normal_(generator=g).to(device)
+        weight = torch.empty(v, h, dtype=dtype).normal_(std=2 / h**0.5, generator=g).to(device)
+        target = torch.randint(v, (n,), generator=g)
+        target[torch.randperm(n, generator=g)[: n - _counted(shape)]] = IGNORE
+        inputs = hidden.requires_grad_(), weight.requires_grad_(), target.to(device)
+        return *inputs, shape["entropy"], shape["workspace_mb"]
+
+    def call(self, variant, inputs, mode):
+        *arguments, workspace_mb = inputs
+        function = variant.function
+        if function is ours and workspace_mb is not None:
+            function = partial(function, workspace_mb=workspace_mb)
+
+        def both():
+            out = function(*arguments)
+            loss = sum(out[name].sum() for name in ("logprob", "entropy") if name in out)
+            return out, *torch.autograd.grad(loss, arguments[:2])
+
+        return both if mode == BOTH else torch.no_grad()(partial(function, *arguments))
+
+    def gate(self, variant, inputs, shape):
+        hidden, weight, target, entropy, _ = inputs
+        results = self.call(variant, inputs, BOTH)()
+        # Some have no entropy; their gradients are of the log-probs alone.
+        truth = _truth(hidden, weight, target, entropy and "entropy" in results[0])
+        return truth.verdict(variant.ours, truth.errors(*results))
+
+    def small(self, shape):
+        return shape | {"N": min(shape["N"], 64), "V": min(shape["V"], 1024)}
+
+    def bytes_needed(self, name, shape):
+        n, h, v = shape["N"], shape["H"], shape["V"]
+        tensors = 2 * (n + v) * h * (4 if shape["dtype"] == "float32" else 2)
+        if name in BYTES_PER_LOGIT:
+            return tensors + BYTES_PER_LOGIT[name][shape["entropy"]] * n * v
+        # The chunked ones keep tiles of logits and gradients in float.
+        chunked = 4 * (n + v) * h + 24 * min(n, 4096) * TRL_CHUNK
+        return tensors + (2**28 if name.startswith("fastrl") else chunked)
+
+    def work(self, shape, mode):
+        """2NHV operations forward; the backward has two products of its own and computes the
+
+        logits again, except for the share of them that the workspace keeps. Forward W and hidden
+        are read once; with the backward twice, and each of their gradients is written once.
+        """
+        n, h, v = _counted(shape), shape["H"], shape["V"]
+        room = 60.0 if shape["workspace_mb"] is None else shape["workspace_mb"]
+        kept = min(1.0, room * 2**20 / (2.25 * n * v))
+        both = mode == BOTH
+        itemsize = 4 if shape["dtype"] == "float32" else 2
+        operations = 2.0 * n * h * v * (4 - kept if both else 1)
+        return Work(operations, float((v + n) * h * itemsize * (3 if both else 1)), shape["dtype"])
 
 
-def parse(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--grid", choices=GRIDS, default="small")
-    add(
-        "--only", action="append", type=_shape, metavar="N,H,V", help="instead of the grid's shapes"
-    )
-    add("--dtype", nargs="+", choices=(*BOTH_DTYPES, "float16"), help="instead of the grid's")
-    add("--entropy", choices=("no", "yes", "both"), help="instead of the grid's")
-    add("--ignored", nargs="+", type=int, help="per cent of the rows, instead of the grid's")
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    add("--rounds", type=int, default=5, help="of each variant, fewer where they do not fit")
-    add("--limit-seconds", type=float, default=float("inf"), help="no point starts after these")
-    add("--point-seconds", type=float, default=120.0, help="for the rounds of a point, and at most "
-        "for a variant's first call")  # fmt: skip
-    add("--pause-ms", type=float, default=10.0, help="before each call; 0 for what OpenMP's "
-        "spinning threads do to the next one")  # fmt: skip
-    add("--isa", choices=race.CAPPED, help="for ours and for PyTorch; the best without")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--workspace-mb", type=float, help="of linear_logprob; its own default without")
-    add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
-    add("--peak", action=argparse.BooleanOptionalAction, default=True, help="measure it first")
-    add("--json", type=Path, help="where to write the figures, after every point")
-    add("--resume", action="store_true", help="keep what the JSON file has and run the rest")
-    return parser.parse_args(arguments)
+def _counted(shape) -> int:
+    """How many of the tokens are not ignored, at least one."""
+    return shape["N"] - min(round(shape["N"] * shape["ignored"]), shape["N"] - 1)
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    n, h, v = map(int, text.split(","))
-    return n, h, v
+@cache
+def _truth(hidden, weight, target, entropy):
+    """Computed once for all variants of a shape."""
+    return accuracy.truth(hidden, weight, target, entropy)
 
 
-def main():
-    options = parse()
-    env, end = (
-        race.environment(options.isa, options.threads),
-        time.monotonic() + options.limit_seconds,
-    )
-    report = race.start(options, env)
-    if options.resume and options.json and options.json.exists():
-        before = json.loads(options.json.read_text())
-        same = ("machine", "versions", "environment", "isa", "workspace_mb", "pause_ms")
-        if any(before[k] != report[k] for k in same):
-            raise SystemExit(f"{options.json} is of another machine, version or setting")
-        report["points"] = before["points"]
-        report["command"] = before["command"] + "; " + report["command"]
-    print(f"{report['machine']['cpu']}, {report['isa']}, {report['threads']} threads, {env}")
-    print(peak.table(report["peaks"]) if report["peaks"] else "no peak measured")
-    for name, why in report["missing"].items():
-        print(f"{name}: {why}")
-    variants = [v for v in options.variants if v not in report["missing"]]
-    wanted = points(options)
-    done = [{k: p[k] for k in wanted[0]} for p in report["points"]]
-    slow: dict[tuple[str, str], int] = {}
-    for point in (p for p in wanted if p not in done):
-        print(describe(point), flush=True)
-        if time.monotonic() > end:
-            print("  skipped: --limit-seconds are over")
-            continue
-        result = race.run_point(point, variants, slow, options, env)
-        if report["peaks"] and report["isa"]:
-            result["bounds"] = bounds(point, report)
-        show(result)
-        report["points"].append(result)
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
-    wrong = [
-        p for p in report["points"] if "failed" in p or "failed" in p["variants"].get(OURS, {})
-    ]
-    for point in wrong:
-        print(f"FAILED: {describe(point)}")
-    return bool(wrong)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_linear_logprob(benchmark, name):
-    import accuracy
-    import point
-
-    if missing(name):
-        pytest.skip(missing(name))
-    *inputs, _ = point.draw(64, 128, 2003, "bfloat16")
-    function = VARIANTS[name]
-    _, wrong = point.checked(name, function, inputs, False, accuracy.truth(*inputs, False))
-    assert wrong is None, wrong
-    call = (function, *inputs, False)
-    benchmark.pedantic(point.both, args=call, rounds=20, warmup_rounds=2)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+RACE = Logprob()

@@ -1,28 +1,17 @@
 """Rollouts: the native decoder against Hugging Face generate, replicated and with one prefill.
 
-python -m pytest bench/bench_rollout.py            pytest-benchmark's table, the tiny model
-python bench/bench_rollout.py tiny [--json FILE]   variants interleaved, ratios of medians printed
-python bench/bench_rollout.py 0.5b --layers 6 --prompt 512 --group 16 --tokens 64
-
-tiny: Qwen3 of 0.8M parameters, float32, 16 prompts x 8 completions of 32 tokens, as in
-bench_trainer.py. 0.5b: the shape of Qwen2.5-0.5B with random bf16 weights, one prompt; a step is
-timed apart from the lm-head, and its floor is the layers' weights over the memory's bandwidth.
+tiny: Qwen3 of 0.8M parameters, float32, as in bench_trainer.py. 0.5b: the shape of Qwen2.5-0.5B
+with random bf16 weights. The floor of a call is its products, and the weights read once a step.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from pathlib import Path
+from functools import cache, partial
 
-import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from fastrl.bench.race import Race, Variant, Verdict, Work, within
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import RolloutEngine, SamplingParams, generation
-from fastrl.rollout.decoder import Decoder, NativeRows
 from fastrl.rollout.huggingface import HuggingFaceRows
 
 COMMON = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "tie_word_embeddings": True}
@@ -47,20 +36,35 @@ HALF_B = {
 }
 
 
+def build(name, layers):
+    """A model of a name in shapes, with random weights."""
+    torch.manual_seed(0)
+    depth = {"num_hidden_layers": layers, **COMMON}
+    if name == "tiny":
+        return Qwen3ForCausalLM(Qwen3Config(**TINY | depth)).eval()
+    if name == "0.5b":
+        return Qwen2ForCausalLM(Qwen2Config(**HALF_B | depth)).bfloat16().eval()
+    raise ValueError(f"model={name!r} is not one of tiny, 0.5b")
+
+
+def weights(name, layers):
+    """Parameters of the layers and of the lm-head, their bytes each, their dtype."""
+    model = TINY if name == "tiny" else HALF_B
+    width, heads = model["hidden_size"], model["num_attention_heads"]
+    head = model.get("head_dim", width // heads)
+    attention = width * head * 2 * (heads + model["num_key_value_heads"])
+    each = attention + 3 * width * model["intermediate_size"]
+    itemsize, dtype = (4, "float32") if name == "tiny" else (2, "bfloat16")
+    return layers * each, width * model["vocab_size"], itemsize, dtype
+
+
 class Case:
     """A model, prompts of equal length, and the variants of `tokens` new tokens for each row."""
 
     def __init__(self, model, prompts, group, tokens):
-        self.model, self.prompts, self.group, self.tokens = model.eval(), prompts, group, tokens
+        self.model, self.prompts, self.group, self.tokens = model, prompts, group, tokens
         self.engine = RolloutEngine(model, max_rows=len(prompts) * group)
-        self.ids = torch.tensor([p for p in prompts for _ in range(group)])
-
-    def variants(self):
-        return {
-            "fastrl": self.fastrl,
-            "HF, one prefill": self.prefill_once,
-            "HF generate": self.generate,
-        }
+        self.ids = torch.tensor([p for p in prompts for _ in range(group)], device=model.device)
 
     def fastrl(self, temperature=1.0):
         sampling = SamplingParams(temperature, max_new_tokens=self.tokens, ignore_eos=True)
@@ -90,120 +94,70 @@ class Case:
         )
         return out[:, self.ids.shape[1] :]
 
-    def check(self):
-        """The gate before any timing: greedy tokens (float32) or hidden states agree."""
-        if self.model.dtype == torch.float32:
-            want = self.generate(temperature=0)
-            for name in ("fastrl", "HF, one prefill"):
-                assert torch.equal(self.variants()[name](temperature=0), want), name
-        got = self.engine.prefill(self.prompts[0]).hidden.float()
+    @cache  # noqa: B019  a case lives as long as its process
+    def greedy(self):
+        return self.generate(temperature=0)
+
+
+class Rollout(Race):
+    op = "rollout"
+    about = "new tokens of G completions for each of a few prompts of P tokens"
+    modes = ("generate",)
+    defaults = {
+        "model": "tiny",
+        "layers": 4,
+        "prompts": 16,
+        "P": 9,
+        "G": 8,
+        "tokens": 32,
+    }
+    grids = {
+        "quick": [{}],
+        "default": [
+            {},
+            {"model": "0.5b", "layers": 4, "prompts": 1, "P": 256, "G": 16, "tokens": 16},
+        ],
+        "issue": [{"model": "0.5b", "layers": 24, "prompts": 1, "P": 512, "G": 16, "tokens": 64}],
+    }
+
+    def variants(self, device):
+        return {
+            "fastrl": Variant(Case.fastrl),
+            "HF, one prefill": Variant(Case.prefill_once, "hf"),
+            "HF generate": Variant(Case.generate, "hf"),
+        }
+
+    def draw(self, shape, device):
+        model = build(shape["model"], shape["layers"]).to(device)
+        g = torch.Generator().manual_seed(0)
+        top = min(1000, model.config.vocab_size)
+        prompts = torch.randint(3, top, (shape["prompts"], shape["P"]), generator=g).tolist()
+        return Case(model, prompts, shape["G"], shape["tokens"])
+
+    def call(self, variant, inputs, mode):
+        return partial(variant.function, inputs)
+
+    def gate(self, variant, inputs, shape):
+        """Greedy tokens are those of generate (float32), or the hidden states agree (bf16)."""
+        if inputs.model.dtype == torch.float32:
+            other = variant.function(inputs, temperature=0).to(inputs.ids.device)
+            return within({"tokens unlike generate's": (other != inputs.greedy()).sum().item()}, 0)
+        if not variant.ours:
+            return Verdict()  # Hugging Face's own forward is what ours is held to
+        got = inputs.engine.prefill(inputs.prompts[0]).hidden.float()
         with torch.no_grad():
-            want = backbone(self.model)(self.ids[:1], use_cache=False).last_hidden_state[0, -1]
+            want = backbone(inputs.model)(inputs.ids[:1], use_cache=False).last_hidden_state[0, -1]
         gap = (got - want.float()).abs().max() / want.float().abs().max()
-        assert gap < (1e-5 if self.model.dtype == torch.float32 else 5e-2), f"off by {gap}"
+        return within({"hidden": gap.item()}, 5e-2)
+
+    def small(self, shape):
+        return shape | {"prompts": 1, "P": 4, "G": 2, "tokens": 2, "layers": 1}
+
+    def work(self, shape, mode):
+        layers, head, itemsize, dtype = weights(shape["model"], shape["layers"])
+        rows, steps = shape["prompts"] * shape["G"], shape["tokens"]
+        products = shape["prompts"] * shape["P"] * layers + steps * rows * (layers + head)
+        return Work(2.0 * products, float(steps * (layers + head) * itemsize), dtype)
 
 
-def tiny():
-    torch.manual_seed(0)
-    prompts = torch.randint(3, 17, (16, 9), generator=torch.Generator().manual_seed(0)).tolist()
-    return Case(Qwen3ForCausalLM(Qwen3Config(**TINY, **COMMON)), prompts, 8, 32)
-
-
-def half_b(layers, prompt, group, tokens):
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = Qwen2ForCausalLM(Qwen2Config(**HALF_B, num_hidden_layers=layers, **COMMON))
-    torch.set_default_dtype(torch.float32)
-    return Case(model, torch.randint(3, 1000, (1, prompt)).tolist(), group, tokens)
-
-
-def once(function):
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def in_turns(functions, rounds):
-    """Median and best seconds of each, one call of each per round after a first one."""
-    times = {name: [] for name in functions}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            times[name].append(once(function))
-    return {
-        name: {"median": statistics.median(t[1:]), "best": min(t[1:])} for name, t in times.items()
-    }
-
-
-@torch.no_grad()
-def parts(case, rounds):
-    """Prefill of a prompt here and by Hugging Face; a step of all rows, and its lm-head."""
-    decoder, head = Decoder(case.model), lm_head(case.model)
-    model, ids = backbone(case.model), case.ids[:1]
-    root = decoder.prefill(case.prompts[:1], 0)[0]
-    rows = NativeRows(decoder, [root.fork() for _ in range(len(case.ids))])
-    tokens = torch.full((len(case.ids),), 3)
-    seeds = torch.arange(len(case.ids))
-    warm = SamplingParams()
-    return in_turns(
-        {
-            "prefill": lambda: decoder.prefill(case.prompts[:1], 0),
-            "HF prefill": lambda: model(ids, use_cache=True),
-            "step": lambda: rows.step(tokens),
-            "lm-head": lambda: generation.draw(rows.hidden, head, warm, seeds, seeds),
-        },
-        rounds,
-    )
-
-
-@pytest.fixture(scope="module")
-def tiny_case():
-    case = tiny()
-    case.check()
-    return case
-
-
-@pytest.mark.parametrize("name", ["fastrl", "HF, one prefill", "HF generate"])
-def test_tiny(benchmark, tiny_case, name):
-    benchmark.pedantic(tiny_case.variants()[name], rounds=5, warmup_rounds=1)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=["tiny", "0.5b"])
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--group", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    o = parser.parse_args()
-    case = tiny() if o.model == "tiny" else half_b(o.layers, o.prompt, o.group, o.tokens)
-    case.check()
-    report = {
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "settings": {k: v for k, v in vars(o).items() if k != "json"},
-        "rollout": in_turns(case.variants(), o.rounds),
-        "parts": parts(case, 4 * o.rounds),
-    }
-    tokens = len(case.ids) * case.tokens
-    fastest = report["rollout"]["fastrl"]["median"]
-    for name, t in report["rollout"].items():
-        print(
-            f"{name:16s} {t['median'] * 1e3:9.1f} ms (best {t['best'] * 1e3:.1f})"
-            f"  {tokens / t['median']:8.0f} tokens/s  {t['median'] / fastest:6.2f}x"
-        )
-    layers = sum(p.numel() * p.element_size() for p in backbone(case.model).layers.parameters())
-    head = lm_head(case.model).weight
-    bytes_read = {"step": layers, "lm-head": head.numel() * head.element_size()}
-    for name, t in report["parts"].items():
-        rate = f"{bytes_read[name] / t['median'] / 1e9:7.2f} GB/s" if name in bytes_read else ""
-        print(f"{name:16s} {t['median'] * 1e3:9.2f} ms (best {t['best'] * 1e3:.2f})  {rate}")
-    if o.json:
-        o.json.write_text(json.dumps(report, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+RACE = Rollout()

@@ -27,10 +27,11 @@ FASTRL_CUDA=on step build 240 "$python" -m pip install --no-deps --no-build-isol
 # Most of the tests' time is compilation, which several processes share.
 workers=$("$python" -c "import xdist; print('-n4')" 2>/dev/null)
 step test 240 "$python" -m pytest -m gpu -q $workers
-step bench_logprob 150 "$python" bench/bench_logprob_gpu.py --json "$out/bench_logprob_gpu.json"
-step table_logprob 90 "$python" bench/bench_logprob_gpu.py --table --rounds 3 \
+# Without torch.compile, which compiles anew in every shape's process.
+step bench 200 "$python" -m fastrl.bench logprob scan attention --device cuda \
+  --against eager,torch,liger,cce,trl --json "$out/bench_gpu.json" --plot "$out/bench_gpu.png"
+step table_logprob 90 "$python" -m fastrl.bench.bench_logprob_gpu --table --rounds 3 \
   --json "$out/table_logprob_gpu.json"
-step tiles_logprob 40 "$python" bench/bench_logprob_gpu.py --tiles --rounds 3 \
+step tiles_logprob 40 "$python" -m fastrl.bench.bench_logprob_gpu --tiles --rounds 3 \
   --json "$out/tiles_logprob_gpu.json"
-step bench_scan 60 "$python" bench/bench_scan.py --json "$out/bench_scan.json"
 exit "$failed"

@@ -1,77 +1,107 @@
-"""What the benchmarks share: taking turns, extra memory, and facts about the machine."""
+"""What the benchmarks measure with: turns on the clock, memory, facts about the machine."""
 
 import ctypes
 import os
 import platform
 import random
 import re
-import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, all of it done; what it returns is dropped after that."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        took = start.elapsed_time(end) / 1e3
+    else:
+        began = time.perf_counter()
+        result = call()
+        took = time.perf_counter() - began
+    del result
+    return took
+
+
 def take_turns(
-    calls: dict[str, Callable[[], float]],
-    seconds: float,
-    least: int,
-    most: dict[str, int] | None = None,
-    pause: float = 0.0,
+    calls: dict[str, Callable[[], float]], rounds: dict[str, int], pause: float = 0.0
 ) -> dict[str, dict[str, float]]:
-    """Median and best of what the calls return (seconds), and how often each was made.
+    """Statistics of what each call returns (seconds) in its number of rounds.
 
     Every round makes each call once, so that a disturbance hits all of them, in an order of its
-    own, so that what a call leaves in the caches does. It ends after ``seconds`` but not before
-    ``least`` rounds; ``most`` bounds the rounds that a call takes part in. Each call comes
-    ``pause`` seconds after the one before: OpenMP's threads spin for some milliseconds when their
-    work is done and would take the cores from whatever does not use OpenMP.
+    own, so that what a call leaves in the caches does. Each comes ``pause`` seconds after the one
+    before: OpenMP's threads spin for some milliseconds when their work is done and would take the
+    cores from whatever does not use OpenMP.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    names, end, rounds = list(calls), time.perf_counter() + seconds, 0
     shuffle = random.Random(0)
-    last = max(most.values(), default=0) if most is not None else float("inf")
-    while rounds < last and (rounds < least or time.perf_counter() < end):
-        for name in shuffle.sample(names, len(names)):
-            if most is None or rounds < most[name]:
+    for turn in range(max(rounds.values(), default=0)):
+        for name in shuffle.sample(list(calls), len(calls)):
+            if turn < rounds[name]:
                 time.sleep(pause)
                 times[name].append(calls[name]())
-        rounds += 1
+    return {name: statistics_of(t) for name, t in times.items() if t}
+
+
+def statistics_of(times: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile and best of some seconds, and how many there are."""
+    p20, median, p80 = torch.tensor(times, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
     return {
-        name: {"median": statistics.median(t), "best": min(t), "rounds": len(t)}
-        for name, t in times.items()
-        if t
+        "median": median.item(),
+        "p20": p20.item(),
+        "p80": p80.item(),
+        "best": min(times),
+        "rounds": len(times),
     }
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE).group(1)) * 1024
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}")
+    return int(found.group(1)) * 1024
 
 
-def resident() -> int:
-    """Bytes of this process in memory, after the allocator gave back what it could."""
+def can_measure_memory(device: torch.device) -> bool:
+    """On a CPU the kernel's high-water mark has to be there and be set back: Linux."""
+    return device.type == "cuda" or os.access("/proc/self/clear_refs", os.W_OK)
+
+
+def extra_memory(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """The bytes that a call takes at most beyond what was there before, and what it returned."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, result
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS")
-
-
-def peak_of(call: Callable[[], object]) -> tuple[int, object]:
-    """The most bytes that this process had in memory during ``call``, and what it returned.
-
-    Linux only: the kernel's high-water mark is set back before.
-    """
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     result = call()
-    return _status("VmHWM"), result
+    return status("VmHWM") - before, result
 
 
-def available() -> int:
-    """Bytes of memory that can be had without swapping."""
-    text = Path("/proc/meminfo").read_text()
-    return int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE).group(1)) * 1024
+def available() -> float:
+    """Bytes of memory that can be had without swapping; no bound where Linux does not say."""
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text() if meminfo.exists() else ""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else float("inf")
 
 
 def machine() -> dict:
@@ -96,3 +126,19 @@ def machine() -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def commit() -> str | None:
+    """The commit of the source tree this runs from, "+" where it was changed; None without one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed: the version says what it is
+        return None
+    try:
+        return subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,6 +1,6 @@
-"""Plots and the README's table from the figures of bench_logprob.py.
+"""Plots and the README's table from the figures of `fastrl bench logprob --json RESULTS.json`.
 
-python bench/plot_logprob.py RESULTS.json [--out docs] [--shape N,H,V]
+python -m fastrl.bench.plot_logprob RESULTS.json [--out docs] [--shape N,H,V]
 
 Writes logprob-time.png and logprob-memory.png: bars of all variants at one shape, without entropy
 and with no row ignored, and where the file has that width and vocabulary for three or more numbers
@@ -11,15 +11,17 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-from baselines import OURS, VARIANTS
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-matplotlib.use("Agg")
+from fastrl.bench.bench_logprob import RACE
+from fastrl.bench.plot import ACCENT, GREY, label, number
+
+OURS = "fastrl"
+VARIANTS = [OURS, *(n for n in RACE.variants(torch.device("cpu")) if n != OURS)]
 
 # Told apart without colour too: bars by their names, lines by marker and stroke.
-ACCENT, GREY = "#c0392b", "#8a8f98"
 STROKES = {
     OURS: ("o", "-"),
     "eager": ("s", "--"),
@@ -44,19 +46,20 @@ def memory_of(variant: dict, mode: str) -> float | None:
     return variant["extra_mb"][mode] if "extra_mb" in variant else None
 
 
-def number(x: float) -> str:
-    return f"{x:.2f}" if x < 1 else f"{x:.1f}" if x < 10 else f"{x:,.0f}"
-
-
-def label(name: str) -> str:
-    """A name in two lines if it is long."""
-    return name.replace(" ", "\n") if len(name) > 24 else name
-
-
 def why(variant: dict) -> str:
     """Why a variant has no figures, in a few words."""
-    text = variant.get("skipped") or variant.get("failed") or variant.get("memory_failed") or ""
+    text = next((variant[k] for k in ("wrong", "skipped", "failed") if k in variant), "")
     return text if len(text) <= 36 else text[:35] + "…"
+
+
+def points_of(report: dict) -> list[dict]:
+    """The points of logprob, `shape` the three sizes and the rest of it beside them."""
+    found = []
+    for point in (p for p in report["points"] if p["op"] == "logprob"):
+        sizes = [point["shape"][k] for k in ("N", "H", "V")]
+        rest = {k: point["shape"][k] for k in ("dtype", "entropy", "ignored")}
+        found.append({**rest, "shape": sizes, "variants": point["variants"]})
+    return found
 
 
 def plain(points: list[dict]) -> list[dict]:
@@ -228,7 +231,8 @@ def main():
     parser.add_argument("--shape", help="N,H,V of the bars")
     options = parser.parse_args()
     report = json.loads(options.results.read_text())
-    points = plain(report["points"])
+    everything = points_of(report)
+    points = plain(everything)
     if not points:
         raise SystemExit(f"{options.results} has no point without entropy and ignored rows")
     shape = [*map(int, options.shape.split(","))] if options.shape else headline(points)
@@ -243,7 +247,7 @@ def main():
         path = options.out / f"logprob-{name}.png"
         figure(report, points, shape, value, unit, title).savefig(path, dpi=130)
         print(f"wrote {path}")
-    print(table(report["points"]))
+    print(table(everything))
 
 
 if __name__ == "__main__":

@@ -1,168 +1,141 @@
-"""Runs points of bench_logprob.py, each in processes of its own (point.py), within limits."""
+"""What a race is: an op, shapes, variants that do it, the gate they pass before they are timed."""
 
-import json
-import math
-import os
-import queue
-import subprocess
-import sys
-import threading
-from pathlib import Path
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import measure
-import peak
-from baselines import bytes_needed
+import torch
 
-HERE = Path(__file__).parent
-
-# What holds PyTorch to the instruction set that ours is held to; read when it is imported.
-CAPPED = {
-    "generic": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
-    "amx": {},
-}
-MKL = {"avx2": "AVX2", "avx512": "AVX512", "avx512_bf16": "AVX512"}
+Shape = dict[str, Any]
+FORWARD, BOTH = "forward", "both"
 
 
-def environment(isa: str | None, threads: int) -> dict[str, str]:
-    """What a point's process gets besides this one's environment."""
-    chosen = {"OMP_NUM_THREADS": str(threads)}
-    if isa is not None:
-        chosen |= {"FASTRL_ISA": isa} | CAPPED[isa]
-        chosen |= {"MKL_ENABLE_INSTRUCTIONS": MKL[isa]} if isa in MKL else {}
-    return chosen
+@dataclass(frozen=True)
+class Variant:
+    """A way to do an op. ``peer`` is its name in peers.py; ours have ``fastrl``.
 
-
-class Stopped(Exception):
-    """A point's process ended early; its text says why."""
-
-
-class TooSlow(Stopped):
-    """A call that did not end in time."""
-
-
-def events(task: dict, env: dict, silence: float):
-    """The events of a point's process; Stopped if it fails or is silent for too long."""
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "point.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | env,
-        text=True,
-    )
-    lines: queue.Queue = queue.Queue()
-    errors: list[str] = []
-    readers = [
-        threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)]),
-        threading.Thread(target=lambda: errors.extend(process.stderr)),
-    ]
-    try:
-        for reader in readers:
-            reader.start()
-        process.stdin.write(json.dumps(task))
-        process.stdin.close()
-        while (line := lines.get(timeout=silence)) is not None:
-            yield json.loads(line)
-        process.wait()
-        readers[1].join()
-        if process.returncode < 0:
-            raise Stopped(f"killed by signal {-process.returncode}; too little memory?")
-        if process.returncode:
-            raise Stopped(errors[-1].strip()[:200] if errors else f"exit {process.returncode}")
-    except queue.Empty:
-        raise TooSlow(f"took more than {silence:.0f} s") from None
-    finally:
-        process.kill()
-        process.wait()
-        for reader in readers:
-            reader.join()
-
-
-def size(point: dict) -> int:
-    return math.prod(point["shape"])
-
-
-def fitting(point: dict, variants: list[str], slow: dict) -> tuple[list[str], dict[str, str]]:
-    """The variants that time and the free memory are enough for, and why not the others.
-
-    ``slow`` holds the sizes at which one took too long in this run.
+    What is ``compiled`` is so at the first call at full size, which is not part of its memory. What
+    is ``costly`` (compiled, or very slow) runs on a CPU only where its peer is asked for by name.
     """
-    itemsize, free = 4 if point["dtype"] == "float32" else 2, measure.available()
-    fit, not_fit = [], {}
-    for name in variants:
-        if size(point) >= slow.get((name, point["dtype"]), float("inf")):
-            not_fit[name] = "took too long at a smaller size"
-            continue
-        need = bytes_needed(name, *point["shape"], itemsize, True, point["entropy"])
-        if need < 0.9 * free:
-            fit.append(name)
-        else:
-            not_fit[name] = f"needs about {need / 2**30:.0f} GB, {free / 2**30:.0f} GB are free"
-    return fit, not_fit
+
+    function: Callable[..., Any]
+    peer: str = "fastrl"
+    compiled: bool = False
+    slow: bool = False
+
+    @property
+    def costly(self) -> bool:
+        return self.compiled or self.slow
+
+    @property
+    def ours(self) -> bool:
+        return self.peer == "fastrl"
 
 
-def run_point(point: dict, variants: list[str], slow: dict, options, env: dict) -> dict:
-    """Errors, times and extra memory of each variant, and why some are missing."""
-    variants, skipped = fitting(point, variants, slow)
-    found = {name: {"skipped": why} for name, why in skipped.items()}
-    task = point | {
-        "rounds": options.rounds,
-        "threads": options.threads,
-        "workspace_mb": options.workspace_mb,
-        "seconds": options.point_seconds,
-        "pause": options.pause_ms / 1e3,
-    }
-    result = {**point, "variants": found}
-    left = list(variants)
-    while left:
-        started = None
-        try:
-            # A variant that hangs or is killed is left out, and the others start again.
-            for event in events(task | {"what": "time", "variants": left}, env, task["seconds"]):
-                if "reference" in event:
-                    result["reference"], result["truth"] = event["reference"], event["own"]
-                elif "started" in event:
-                    started = event["started"]
-                elif "variant" in event:
-                    found[event.pop("variant")] = event
-                elif "times" in event:
-                    for name, times in event["times"].items():
-                        found.setdefault(name, {})[event["mode"]] = times
-            break
-        except Stopped as why:
-            if started is None:
-                result["failed"] = str(why)
-                return result
-            found[started] = {"failed": str(why)}
-            left.remove(started)
-            if isinstance(why, TooSlow):
-                slow[started, point["dtype"]] = size(point)
-    for name in variants:
-        if options.memory and "failed" not in found[name]:
-            try:
-                memory = task | {"what": "memory", "variants": [name]}
-                for event in events(memory, env, task["seconds"]):
-                    found[name]["extra_mb"] = event["extra_mb"]
-            except Stopped as why:
-                found[name]["memory_failed"] = str(why)
-    return result
+@dataclass(frozen=True)
+class Verdict:
+    """How far a variant is from the truth, by result, and what is wrong with it, if anything."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    wrong: str | None = None
 
 
-def start(options, env) -> dict:
-    """The report without points."""
-    task = {"what": "facts", "variants": options.variants, "threads": options.threads}
-    (facts,) = events(task | {"workspace_mb": options.workspace_mb}, env, 120.0)
-    peaks = peak.measure([options.threads]) if options.peak else None
-    command = " ".join(["python", "bench/bench_logprob.py", *sys.argv[1:]])
-    return {
-        "command": command,
-        "threads": options.threads,
-        "environment": env,
-        "pause_ms": options.pause_ms,
-        **facts,
-        "peaks": peaks,
-        "points": [],
-    }
+class Work(NamedTuple):
+    """What a call cannot do without: operations of a dtype, and bytes to and from memory."""
+
+    operations: float
+    bytes: float
+    dtype: str = "float32"
+
+
+def within(errors: Mapping[str, float], limit: float | Mapping[str, float]) -> Verdict:
+    """The verdict on ``errors``, of which none may be above ``limit`` (or its own limit)."""
+    for name, error in errors.items():
+        most = limit if isinstance(limit, (int, float)) else limit[name]
+        if not error <= most:  # a NaN is wrong too
+            return Verdict(dict(errors), f"{name} is off by {error:.2g}, more than {most:.2g}")
+    return Verdict(dict(errors))
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The relative error of ``got`` in the 2-norm."""
+    got, want = got.detach().double(), want.detach().double()
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+class Race(ABC):
+    """One op's race. A module `bench_<op>.py` has one as ``RACE``, and OPS its name.
+
+    A shape is a dict with the keys of ``defaults``; those it leaves out have their values there.
+    ``grids`` names lists of shapes, of which "default" and "quick" must be; ``cuda`` is what takes
+    the place of "default" on a GPU, where that differs.
+    """
+
+    op: str
+    about: str
+    defaults: Shape
+    grids: dict[str, list[Shape]]
+    cuda: list[Shape] | None = None
+    modes: tuple[str, ...] = (FORWARD, BOTH)
+
+    @abstractmethod
+    def variants(self, device: torch.device) -> dict[str, Variant]:
+        """All there are for ``device`` by name, ours first, whether or not they are installed."""
+
+    @abstractmethod
+    def draw(self, shape: Shape, device: torch.device) -> Any:
+        """The inputs at a shape, the same in every process."""
+
+    @abstractmethod
+    def call(self, variant: Variant, inputs: Any, mode: str) -> Callable[[], Any]:
+        """What is timed; whatever it returns is dropped after the clock has stopped."""
+
+    @abstractmethod
+    def gate(self, variant: Variant, inputs: Any, shape: Shape) -> Verdict:
+        """Whether ``variant`` may be timed: a wrong kernel has no speed."""
+
+    @abstractmethod
+    def work(self, shape: Shape, mode: str) -> Work:
+        """What the call has to compute and to move."""
+
+    def before(self, variant: Variant, inputs: Any, mode: str) -> Any:
+        """Inputs of one call where a call spoils them; its time does not count."""
+        return inputs
+
+    def small(self, shape: Shape) -> Shape:
+        """A shape of the same kind whose call loads what is loaded once, before memory is taken."""
+        return shape
+
+    def bytes_needed(self, name: str, shape: Shape) -> float:
+        """At least so much memory, so that what would not fit is left out."""
+        return 0.0
+
+    def complete(self, shape: Shape) -> Shape:
+        """``shape`` with the defaults of what it leaves out; ValueError for an unknown key."""
+        for key in shape:
+            if key not in self.defaults:
+                raise ValueError(
+                    f"{self.op}: shape has {key!r}; it may have {', '.join(self.defaults)}"
+                )
+        return {**self.defaults, **shape}
+
+    def shapes(self, grid: str, device: torch.device) -> list[Shape]:
+        """The shapes of a grid; ValueError where the op has no such grid."""
+        if grid not in self.grids:
+            raise ValueError(f"{self.op} has no grid {grid!r}; it has {', '.join(self.grids)}")
+        on_gpu = grid == "default" and device.type == "cuda" and self.cuda is not None
+        return [self.complete(s) for s in (self.cuda if on_gpu else self.grids[grid]) or ()]
+
+
+def describe(shape: Shape) -> str:
+    """A shape in one line: numbers with their names, words alone, what is off left out."""
+    parts = []
+    for key, value in shape.items():
+        if isinstance(value, str):
+            parts.append(value)
+        elif value is True:
+            parts.append(key)
+        elif value is not False and value is not None and (value or len(key) == 1):
+            parts.append(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}")
+    return " ".join(parts)

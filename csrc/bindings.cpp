@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/logits.h"
 #include "cpu/logprob.h"
+#include "cpu/peak.h"
 #include "cpu/sample.h"
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
@@ -73,6 +74,8 @@ py::dict build_info() {
   info["cuda_archs"] = FASTRL_CUDA_ARCHS;
   return info;
 }
+
+fastrl::Figures peak_cpu(int threads, double seconds) { FASTRL_DISPATCH(peak, threads, seconds) }
 
 void gae_cpu(const GaeArgs& args, int threads) { FASTRL_DISPATCH(gae, args, threads) }
 void returns_cpu(const ReturnsArgs& args, int threads) { FASTRL_DISPATCH(returns, args, threads) }
@@ -348,6 +351,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("isa", [] { return fastrl::isa_name(fastrl::isa()); });
   m.def("cpu_isas", [] { return names(fastrl::supported_isas()); });
+  m.def("peak_cpu", &peak_cpu, release());
 
   py::class_<Segments>(m, "Segments").def(py::init(&segments));
   py::class_<GaeArgs>(m, "gae_args")

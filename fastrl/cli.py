@@ -1,4 +1,4 @@
-"""The command line: fastrl train | report | doctor."""
+"""The command line: fastrl train | report | bench | doctor."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -74,12 +74,97 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def bench(
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help="Which ops; all without.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Peers, with commas: eager, torch, compile, trl, cce, liger, torchao, "
+            "bitsandbytes, hf, openvino, llamacpp. Without: all, but those that compile first "
+            "only on a GPU."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One small shape an op.")] = False,
+    grid: Annotated[
+        str | None, typer.Option(help="A list of shapes that the op has, such as full.")
+    ] = None,
+    shapes: Annotated[
+        Path | None, typer.Option(help='JSON: {"logprob": [{"N": 64, "dtype": "float32"}]}.')
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A shape of one op: N=64,dtype=float32. Repeatable.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures, after every shape.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of the times.")] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="An older --json: run its shapes; exit code 1 if ours became slower."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what the --json file has, run the rest.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Default: the cores of this process.")] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="Hold ours and PyTorch to generic, avx2, avx512, ...")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="For a shape's rounds; default 6, with --quick 2.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Of each variant at most; default 30.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="No shape starts after so many seconds.")
+    ] = None,
+    pause: Annotated[
+        float | None,
+        typer.Option(help="Seconds before each call, in which OpenMP's threads stop spinning."),
+    ] = None,
+    silence: Annotated[
+        float | None, typer.Option(help="Seconds after which a call counts as hanging.")
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="Measure the memory of each variant.")] = True,
+    peak: Annotated[bool, typer.Option(help="Measure what the machine can do, first.")] = True,
+) -> None:
+    """Race the ops against what else does them; what is wrong is not timed."""
+    if resume and json is None:
+        _fail("--resume goes with the --json file to go on from")
+    if sum(x is not None for x in (shapes, grid)) + bool(shape) + quick > 1:
+        _fail("--quick, --grid, --shapes and --shape exclude each other")
+    import torch
+
+    from fastrl.bench import command
+
+    try:
+        chosen = command.options(
+            device, threads, isa, quick, seconds=seconds, rounds=rounds, limit=limit, pause=pause,
+            silence=silence, memory=memory, peak=peak,
+        )  # fmt: skip
+        old = None if compare is None else command.read(compare)
+        where = torch.device(chosen.device)
+        name = "quick" if quick else grid or "default"
+        todo = command.shapes_of(ops or [], where, name, shapes, shape, old)
+        code = command.run(todo, chosen, Console(), against, json, plot, old, resume)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; what was measured is in the --json file", code=130)
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Run every op against its reference.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Say what this machine has, which implementation each op uses, and what is missing."""
     try:
-        from fastrl.doctor import print_diagnosis
+        from fastrl.doctor import report
 
-        code = print_diagnosis(Console())
+        code = report(Console(), selftest=selftest, as_json=as_json)
     except (ImportError, ValueError) as error:  # FASTRL_ISA or FASTRL_NATIVE asks for what is not
         _fail(str(error))
     raise typer.Exit(code)

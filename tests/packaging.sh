@@ -61,7 +61,7 @@ mkdir "$work/src"
 tar -xf "$work"/dist/fastrl-*.tar.gz -C "$work/src"
 source=$(echo "$work"/src/fastrl-*)
 for file in CMakeLists.txt csrc/bindings.cpp csrc/cpu/scan.cpp csrc/cpu/scan.h csrc/cuda/scan.cu \
-  kernels/scan/op.py fastrl/py.typed; do
+  kernels/scan/op.py bench/race.py fastrl/py.typed; do
   [ -e "$source/$file" ] || { echo "the sdist lacks $file"; exit 1; }
 done
 
@@ -73,13 +73,20 @@ import sys
 import zipfile
 
 names = zipfile.ZipFile(sys.argv[1]).namelist()
-for start in ("fastrl/_C.", "fastrl/kernels/scan/op.py", "fastrl/py.typed", "fastrl/recipes/"):
+for start in (
+    "fastrl/_C.",
+    "fastrl/bench/race.py",
+    "fastrl/kernels/scan/op.py",
+    "fastrl/py.typed",
+    "fastrl/recipes/",
+):
     assert any(n.startswith(start) for n in names), f"the wheel lacks {start}"
-assert not any(n.startswith(("kernels/", "tests/", "csrc/")) for n in names), names
+assert not any(n.startswith(("bench/", "kernels/", "tests/", "csrc/")) for n in names), names
 PY
 environment wheel-env
 install wheel-env "$work"/wheel/*.whl
 check wheel-env "$work" cpu
+(cd "$work" && wheel-env/bin/fastrl bench scan --shape B=3,T=17 --seconds 0.1 >/dev/null)
 FASTRL_NATIVE=off check wheel-env "$work" reference
 
 echo "== wheel without a compiler"
@@ -96,4 +103,19 @@ environment editable-env
 FASTRL_CUDA=off install editable-env --editable "$source"
 check editable-env "$work" cpu
 check editable-env "$source" cpu
+# The wheel from above beside other torches, where TORCHES names some: TORCHES="2.9.1+cpu 2.12.0+cpu"
+# with PIP_INDEX_URL=https://download.pytorch.org/whl/cpu. Everything but torch is this environment's.
+for version in ${TORCHES:-}; do
+  echo "== torch $version"
+  environment "torch-$version"
+  install "torch-$version" "torch==$version"
+  install "torch-$version" "$work"/wheel/*.whl
+  "$work/torch-$version/bin/python" -c "import torch; assert torch.__version__ == '$version'"
+  check "torch-$version" "$work" cpu
+done
+
+# Which Linux the wheel runs on; a wheel for manylinux_2_28 has to be built in its image.
+if command -v auditwheel >/dev/null; then
+  auditwheel show "$work"/wheel/*.whl | tr '\n' ' ' | grep -o 'tag: "[^"]*"' | sort -u
+fi
 echo "packaging: ok"

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from fastrl.losses.imitation import ImitationReward
 from fastrl.losses.kl import KLEstimator
 from fastrl.losses.mismatch import MismatchKind
 from fastrl.losses.reduction import Reduction
@@ -308,7 +309,7 @@ class Adversarial(GRPO):
     """Policy against discriminator: GAIL, AIRL or FAIRL by `fastrl.losses.imitation_rewards`."""
 
     algorithm: Literal["gail", "airl", "fairl"] = "gail"  # type: ignore[assignment]
-    reward: Literal["gail", "gail_saturating", "airl", "fairl"] = "gail"
+    reward: ImitationReward = "gail"  # type: ignore[assignment]
     level: Literal["sequence", "token"] = "sequence"
     demonstrations_per_step: int = Field(64, ge=1)
     discriminator_updates: int = Field(1, ge=1)

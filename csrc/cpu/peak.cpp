@@ -1,30 +1,26 @@
-// What this machine's cores and memory can do at most, for one instruction set: the flags it is
-// compiled with say which. Run as `peak THREADS SECONDS compute|memory`; prints "name value" lines,
-// values in 1e9 operations (a multiplication and an addition are two) or bytes a second.
-//
 // Arithmetic happens in registers alone, in more independent chains than an instruction has cycles
 // of latency. Each figure is the best of several repeats: other processes can only lower it.
+#include "peak.h"
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <string>
+#include <new>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
+namespace fastrl {
+namespace FASTRL_ISA {
 namespace {
 
 constexpr int kRepeats = 5;
@@ -59,8 +55,8 @@ double together(int threads, const std::function<void(int)>& work) {
 }
 
 // The best rate of `kernel`, which does `operations` in each of its kSteps steps.
-void compute(const char* name, int threads, double seconds, double operations,
-             const std::function<void()>& kernel) {
+double compute(int threads, double seconds, double operations,
+               const std::function<void()>& kernel) {
   double best = 0;
   for (int repeat = 0; repeat < kRepeats; ++repeat) {
     std::vector<long> calls(threads);
@@ -77,7 +73,7 @@ void compute(const char* name, int threads, double seconds, double operations,
     }
     best = std::max(best, total / took);
   }
-  std::printf("%s %.3f\n", name, best * 1e-9);
+  return best * 1e-9;
 }
 
 // An operand of KEEP is in a register, and what the compiler knew of its value is forgotten.
@@ -149,12 +145,6 @@ void int8_dot() {
 #endif
 
 #if defined(__AMX_TILE__)
-// Linux keeps the tile registers from a process until it asks for them.
-bool tiles_allowed() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -199,22 +189,6 @@ void int8_tiles() {
 }
 #endif
 
-void all_compute(int threads, double seconds) {
-  compute("float32", threads, seconds, 2.0 * kFloats * kChains, float32);
-#if defined(__AVX512BF16__)
-  compute("bf16_dot", threads, seconds, 64.0 * kChains, bf16_dot);
-#endif
-#if defined(__AVX512VNNI__)
-  compute("int8_dot", threads, seconds, 128.0 * kChains, int8_dot);
-#endif
-#if defined(__AMX_TILE__)
-  if (tiles_allowed()) {
-    compute("bf16_tiles", threads, seconds, 4 * 2.0 * 16 * 16 * 32, bf16_tiles);
-    compute("int8_tiles", threads, seconds, 4 * 2.0 * 16 * 16 * 64, int8_tiles);
-  }
-#endif
-}
-
 // Memory: far more than the last cache holds, each thread its own part.
 constexpr size_t kHugePage = size_t{2} << 20, kBuffer = size_t{512} << 20;
 
@@ -222,8 +196,7 @@ struct Buffer {
   explicit Buffer(bool huge_pages) {
     data = static_cast<char*>(std::aligned_alloc(kHugePage, kBuffer));
     if (data == nullptr) {
-      std::fprintf(stderr, "no memory for a buffer of %zu MB\n", kBuffer >> 20);
-      std::exit(1);
+      throw std::bad_alloc();
     }
 #if defined(__linux__)
     madvise(data, kBuffer, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
@@ -253,8 +226,8 @@ void sum(const char* data, size_t bytes) {
   }
 }
 
-void memory(const char* name, int threads, double seconds, double bytes,
-            const std::function<void(size_t, size_t)>& pass) {
+double memory(int threads, double seconds, double bytes,
+              const std::function<void(size_t, size_t)>& pass) {
   const size_t part = kBuffer / threads / 4096 * 4096;
   double best = 0;
   const double until = now() + seconds;
@@ -262,30 +235,39 @@ void memory(const char* name, int threads, double seconds, double bytes,
     const double took = together(threads, [&](int t) { pass(t * part, part); });
     best = std::max(best, bytes * static_cast<double>(part) * threads / took);
   }
-  std::printf("%s %.3f\n", name, best * 1e-9);
-}
-
-void all_memory(int threads, double seconds) {
-  for (bool huge : {false, true}) {
-    const Buffer from(huge), to(huge);
-    const std::string pages = huge ? "_huge_pages" : "_4k_pages";
-    memory(("read" + pages).c_str(), threads, seconds, 1,
-           [&](size_t at, size_t bytes) { sum(from.data + at, bytes); });
-    memory(("copy" + pages).c_str(), threads, seconds, 2,
-           [&](size_t at, size_t bytes) { std::memcpy(to.data + at, from.data + at, bytes); });
-  }
+  return best * 1e-9;
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const int threads = argc == 4 ? std::atoi(argv[1]) : 0;
-  const double seconds = argc == 4 ? std::atof(argv[2]) : 0;
-  const std::string what = argc == 4 ? argv[3] : "";
-  if (threads < 1 || seconds <= 0 || (what != "compute" && what != "memory")) {
-    std::fprintf(stderr, "usage: peak THREADS SECONDS compute|memory\n");
-    return 2;
+Figures peak(int threads, double seconds) {
+  Figures found;
+  const auto add = [&](const char* name, double operations, void (*kernel)()) {
+    found.emplace_back(name, compute(threads, seconds, operations, kernel));
+  };
+  add("float32", 2.0 * kFloats * kChains, float32);
+#if defined(__AVX512BF16__)
+  add("bf16_dot", 64.0 * kChains, bf16_dot);
+#endif
+#if defined(__AVX512VNNI__)
+  add("int8_dot", 128.0 * kChains, int8_dot);
+#endif
+#if defined(__AMX_TILE__)  // isa.cpp asked Linux for the tile registers
+  add("bf16_tiles", 4 * 2.0 * 16 * 16 * 32, bf16_tiles);
+  add("int8_tiles", 4 * 2.0 * 16 * 16 * 64, int8_tiles);
+#endif
+  for (bool huge : {false, true}) {
+    const Buffer from(huge), to(huge);
+    const std::string pages = huge ? "_huge_pages" : "_4k_pages";
+    const auto read = [&](size_t at, size_t bytes) { sum(from.data + at, bytes); };
+    const auto copy = [&](size_t at, size_t bytes) {
+      std::memcpy(to.data + at, from.data + at, bytes);
+    };
+    found.emplace_back("read" + pages, memory(threads, seconds, 1, read));
+    found.emplace_back("copy" + pages, memory(threads, seconds, 2, copy));
   }
-  (what == "compute" ? all_compute : all_memory)(threads, seconds);
-  return 0;
+  return found;
 }
+
+}  // namespace FASTRL_ISA
+}  // namespace fastrl

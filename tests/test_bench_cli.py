@@ -1,0 +1,270 @@
+"""fastrl bench: the gate, what is missing, what is written, and what became slower."""
+
+import copy
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastrl import bench
+from fastrl.bench import child, command, measure, peers, points, report
+from fastrl.bench.race import Variant, Work, describe, within
+from fastrl.cli import app
+from fastrl.kernels import native
+
+CPU = torch.device("cpu")
+SMALL = {"B": 3, "T": 17}
+needs_native = pytest.mark.skipif(bool(native.why_missing), reason=str(native.why_missing))
+
+
+def fastrl(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def race_small(variants, monkeypatch, memory=False):
+    """What a process of a shape of scan tells, in this process."""
+    monkeypatch.setattr(type(bench.load("scan")), "variants", lambda self, device: variants)
+    events = []
+    task = {"op": "scan", "shape": SMALL, "variants": list(variants), "device": "cpu"}
+    task |= {"memory": memory, "seconds": 0.05, "rounds": 5, "pause": 0.0}
+    child.race_at(task, lambda **event: events.append(event))
+    return events
+
+
+def test_a_wrong_variant_is_reported_and_not_timed(monkeypatch):
+    from fastrl.bench.bench_scan import inline_loop
+
+    def wrong(rewards, values):
+        advantages, returns = inline_loop(rewards, values)
+        return advantages + 0.01, returns
+
+    def broken(rewards, values):
+        raise RuntimeError("no kernel for this shape")
+
+    variants = {
+        "right": Variant(inline_loop, "eager"),
+        "wrong": Variant(wrong),
+        "broken": Variant(broken, "trl"),
+    }
+    events = race_small(variants, monkeypatch)
+    verdicts = {e["variant"]: e for e in events if "variant" in e}
+    assert verdicts["wrong"]["wrong"].startswith("advantages is off by 0.01")
+    assert verdicts["broken"]["failed"] == "RuntimeError: no kernel for this shape"
+    assert "wrong" not in verdicts["right"] and verdicts["right"]["errors"]["returns"] < 1e-5
+    (times,) = (e["times"] for e in events if "times" in e)
+    assert list(times) == ["right"] and times["right"]["p20"] <= times["right"]["p80"]
+
+
+def test_a_nan_is_wrong():
+    assert within({"x": float("nan")}, 1.0).wrong and not within({"x": 1.0}, 1.0).wrong
+
+
+@pytest.mark.skipif(not measure.can_measure_memory(CPU), reason="needs Linux")
+def test_memory_is_what_a_call_takes_beyond_what_it_returns(monkeypatch):
+    from fastrl.bench.bench_scan import inline_loop
+
+    def hungry(rewards, values):
+        torch.zeros(8 * 2**20, dtype=torch.float64).sum()  # 64 MB
+        return inline_loop(rewards, values)
+
+    variants = {"lean": Variant(inline_loop), "hungry": Variant(hungry, "eager")}
+    events = race_small(variants, monkeypatch, memory=True)
+    extra = {e["variant"]: e["extra_mb"]["forward"] for e in events if "variant" in e}
+    assert extra["lean"] < 16 and 60 < extra["hungry"] < 96
+
+
+def test_what_was_too_slow_or_is_too_large_is_left_out_and_said(monkeypatch):
+    race = bench.load("logprob")
+    shape = race.shapes("quick", CPU)[0]
+    monkeypatch.setattr(measure, "available", lambda: 2.0**20)
+    slow = {"eager": points.size(race, shape)}
+    found = points.run_point(race, shape, ["eager", "TRL chunked"], points.Options(), slow)
+    assert found["variants"]["eager"]["skipped"] == "took too long at a smaller size"
+    assert found["variants"]["TRL chunked"]["skipped"].startswith("needs about")
+
+
+def test_statistics_by_hand():
+    found = measure.statistics_of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert found == {"median": 3.5, "p20": 2.0, "p80": 5.0, "best": 1.0, "rounds": 6}
+
+
+def test_turns_are_interleaved():
+    order = []
+
+    def call(name):
+        return lambda: order.append(name) or 1.0
+
+    measure.take_turns({n: call(n) for n in "ab"}, {"a": 3, "b": 2})
+    assert sorted(order[:2]) == sorted(order[2:4]) == ["a", "b"] and order[4:] == ["a"]
+
+
+def test_missing_peers_come_with_the_command_that_brings_them(monkeypatch):
+    absent = peers.Peer("TRL", "no_such_package", "pip install 'fastrl[trl]'")
+    monkeypatch.setitem(peers.PEERS, "trl", absent)
+    names, missing = points.field(bench.load("logits"), None, CPU)
+    assert missing["trl"] == "not installed: pip install 'fastrl[trl]'" and "TRL" not in names
+    assert missing["torch.compile"].endswith("fastrl bench logits --against compile")
+    names, missing = points.field(bench.load("logits"), ["eager"], CPU)
+    assert "eager" in names and "TRL" not in names and "trl" not in missing
+
+
+@pytest.mark.parametrize("op", bench.OPS)
+def test_every_race_is_whole(op):
+    race = bench.load(op)
+    assert race.op == op and race.about
+    for grid in ("quick", "default"):
+        assert race.shapes(grid, CPU)
+    for shape in race.shapes("default", CPU):
+        for mode in race.modes:
+            work = race.work(shape, mode)
+            assert isinstance(work, Work) and work.operations > 0 and work.bytes > 0
+        assert set(race.small(shape)) <= set(race.defaults)
+    variants = race.variants(CPU)
+    assert all(v.peer in {"fastrl", *peers.PEERS} for v in variants.values())
+    assert any(not v.ours for v in variants.values())
+
+
+def test_work_by_hand():
+    race = bench.load("logprob")
+    shape = race.complete({"N": 4, "H": 8, "V": 16, "ignored": 0.5, "workspace_mb": 0.0})
+    # Two of four rows count: 2 N H V = 512 operations; (V + N) H of 2 bytes.
+    assert race.work(shape, "forward") == Work(512.0, 288.0, "bfloat16")
+    assert race.work(shape, "both") == Work(4 * 512.0, 3 * 288.0, "bfloat16")
+    assert race.work(shape | {"workspace_mb": 60.0}, "both").operations == 3 * 512.0
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report of a small run, as the command line writes it, and what it printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    shapes = folder / "shapes.json"
+    shapes.write_text(json.dumps({"scan": [SMALL]}))
+    arguments = ("--shapes", shapes, "--json", folder / "out.json", "--plot", folder / "out.png")
+    result = fastrl("bench", "scan", *arguments, "--seconds", 0.2, "--no-peak", "--against",
+                    "eager,openvino")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return folder, " ".join(result.output.split())
+
+
+def test_a_run_writes_what_it_shows(written):
+    folder, output = written
+    found = json.loads((folder / "out.json").read_text())
+    (point,) = found["points"]
+    assert point["op"] == "scan" and point["shape"] == SMALL
+    assert {"inline loop", "reference"} <= set(point["variants"])
+    times = point["variants"]["inline loop"]["forward"]
+    assert 0 < times["best"] <= times["p20"] <= times["median"] <= times["p80"]
+    assert found["machine"]["torch"] == torch.__version__ and found["versions"]["fastrl"]
+    assert found["threads"] >= 1 and found["environment"]["OMP_NUM_THREADS"]
+    assert "nothing of scan races it on cpu yet" in found["missing"]["openvino"]
+    for words in ("scan: B=3 T=17", "inline loop", "without openvino", "GB/s"):
+        assert words in output
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_native
+def test_compare_exits_with_1_where_ours_became_slower(written):
+    folder, _ = written
+    now = folder / "out.json"
+    again = ("--json", now, "--resume", "--no-peak", "--against", "eager")
+    result = fastrl("bench", "--compare", now, *again)
+    assert result.exit_code == 0 and "no regression" in result.output, result.output
+    old = json.loads(now.read_text())
+    for statistic in ("median", "p20", "p80", "best"):
+        old["points"][0]["variants"]["fastrl"]["forward"][statistic] /= 100
+    (folder / "old.json").write_text(json.dumps(old))
+    result = fastrl("bench", "--compare", folder / "old.json", *again)
+    assert result.exit_code == 1 and "1 regressions" in result.output, result.output
+    assert "slower" in result.output
+
+
+def made_up(median, spread=0.0, peer="fastrl", rounds=9):
+    """A report of one point of one variant."""
+    times = {"median": median, "p20": median - spread / 2, "p80": median + spread / 2}
+    times["rounds"] = rounds
+    point = {"op": "scan", "shape": dict(SMALL), "bounds": {"forward": {}}}
+    variant = {"peer": peer, "forward": times}
+    machine = {"cpu": "this", "family": "one", "gpu": None}
+    same = {"device": "cpu", "threads": 2, "isa": "avx2", "machine": machine}
+    return same | {"points": [point | {"variants": {"v": variant}}]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        (made_up(1.0), made_up(1.04), "same"),  # within 5%
+        (made_up(1.0), made_up(1.06), "slower"),
+        (made_up(1.0, 0.1), made_up(1.06, 0.1), "same"),  # (0.1 + 0.1) / 2 is 10% of noise
+        (made_up(1.0, 0.1), made_up(1.11, 0.1), "slower"),
+        (made_up(1.0), made_up(0.9), "faster"),
+        (made_up(1.0), made_up(1.2, rounds=1), "same"),  # a single round has no percentiles
+    ],
+)
+def test_noise_band_by_hand(old, new, verdict):
+    (row,) = report.compare(old, new)
+    assert row["verdict"] == verdict
+    assert row["ratio"] == pytest.approx(new["points"][0]["variants"]["v"]["forward"]["median"])
+    assert bool(report.regressions([row])) == (verdict == "slower")
+
+
+def test_what_turned_wrong_is_a_regression_and_a_slower_peer_is_none():
+    new = made_up(1.0)
+    new["points"][0]["variants"]["v"] = {"peer": "fastrl", "wrong": "grad is off by 1"}
+    assert report.regressions(report.compare(made_up(1.0), new))
+    assert report.wrong(new) == ["scan B=3 T=17, v: grad is off by 1"]
+    slower = report.compare(made_up(1.0, peer="trl"), made_up(2.0, peer="trl"))
+    assert slower[0]["verdict"] == "slower" and not report.regressions(slower)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(threads=1), "threads=1"),
+        (lambda r: r["machine"].update(cpu="another"), "another machine: cpu 'another'"),
+        (lambda r: r["points"][0]["shape"].update(B=9), "no variant of a shape in common"),
+    ],
+)
+def test_reports_that_cannot_be_compared(change, message):
+    old = copy.deepcopy(made_up(1.0))
+    change(old)
+    with pytest.raises(ValueError, match=message):
+        report.compare(old, made_up(1.0))
+
+
+def test_shapes_from_an_option_a_grid_and_an_old_report():
+    one = command.shapes_of(["logprob"], CPU, single=["N=3,dtype=float32,entropy=true,ignored=0.5"])
+    (shape,) = one["logprob"]
+    assert (shape["N"], shape["dtype"], shape["entropy"], shape["ignored"]) == (
+        3,
+        "float32",
+        True,
+        0.5,
+    )
+    assert shape["V"] == bench.load("logprob").defaults["V"]
+    assert describe(shape) == "N=3 H=896 V=151936 float32 ignored=0.5 entropy"
+    assert set(command.shapes_of([], CPU, "quick")) == set(bench.OPS)
+    assert command.shapes_of([], CPU, old=made_up(1.0)) == {"scan": [SMALL]}
+    assert len(command.shapes_of(["logprob"], CPU, "full")["logprob"]) == 9 * 3 * 4 * 2 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "op 'nothing' has no benchmark; choose from scan"),
+        (["scan", "--against", "them"], "--against 'them' is unknown"),
+        (["scan", "--grid", "huge"], "scan has no grid 'huge'; it has quick, default"),
+        (["scan", "--shape", "B=x"], "'x' is not a number"),
+        (["scan", "--shape", "N=1"], "scan: shape has 'N'; it may have B, T"),
+        (["--shape", "N=1"], "--shape is of one op"),
+        (["--quick", "--grid", "full"], "exclude each other"),
+        (["--resume"], "--resume goes with the --json file"),
+        (["--isa", "sse"], "--isa 'sse' is not one of generic"),
+        (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["--compare", "pyproject.toml"], "is not a report of fastrl bench --json"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(arguments, message):
+    result = fastrl("bench", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split()) and "Traceback" not in result.output
