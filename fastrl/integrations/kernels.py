@@ -1,0 +1,22 @@
+"""Where a kernel of ours would not be faster than what the framework has, it keeps its own."""
+
+from torch import Tensor
+
+from fastrl.integrations.patching import Declined
+from fastrl.kernels import IMPLEMENTATIONS, native
+from fastrl.kernels.logprob.library import FLOATS
+
+
+def need_kernel(op: str, *tensors: Tensor) -> None:
+    """Raise `Declined` where only the reference could run `op` on these tensors."""
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.dtype not in FLOATS:
+            raise Declined(f"{op} has no kernel for {tensor.dtype}")
+    fast = [i for i in native.FAST.get(device.type, ()) if i in IMPLEMENTATIONS[op]]
+    if not fast:
+        raise Declined(f"{op} has no kernel for tensors on {device.type} yet")
+    reasons = [native.unavailable(i, device) for i in fast]
+    if None not in reasons:
+        raise Declined(f"{op} has no kernel here: {reasons[0]}")
+
