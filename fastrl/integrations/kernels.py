@@ -1,9 +1,10 @@
-"""Where a kernel of ours would not be faster than what the framework has, it keeps its own."""
+"""What the frameworks share: when they keep their own function, and the entropy of logits."""
 
+import torch
 from torch import Tensor
 
 from fastrl.integrations.patching import Declined
-from fastrl.kernels import IMPLEMENTATIONS, native
+from fastrl.kernels import IMPLEMENTATIONS, logprob_from_logits, native
 from fastrl.kernels.logprob.library import FLOATS
 
 
@@ -20,3 +21,11 @@ def need_kernel(op: str, *tensors: Tensor) -> None:
     if None not in reasons:
         raise Declined(f"{op} has no kernel here: {reasons[0]}")
 
+
+def entropy_of_logits(logits: Tensor) -> Tensor:
+    """Entropy `[...]` float32 of `softmax(logits)`, in nats, of logits `[..., V]`."""
+    need_kernel("logprob_from_logits", logits)
+    anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    entropy = logprob_from_logits(logits, anything, entropy=True).entropy
+    assert entropy is not None
+    return entropy

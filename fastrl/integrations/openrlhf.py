@@ -1,13 +1,13 @@
 """OpenRLHF: what `fastrl.patch("openrlhf")` replaces."""
 
+import inspect
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrl.integrations.comparison import compare_tensors
-from fastrl.integrations.kernels import need_kernel
+from fastrl.integrations.kernels import entropy_of_logits, need_kernel
 from fastrl.integrations.patching import Registration, Replacement
 from fastrl.kernels import discounted_returns, gae, logprob_from_logits
 
@@ -16,6 +16,8 @@ MAKER = "openrlhf.trainer.ppo_utils.experience_maker.RemoteExperienceMaker"
 
 
 def replacements() -> list[Replacement]:
+    from openrlhf.models import utils
+
     return [
         # The original divides the logits by the temperature in place.
         Replacement(
@@ -23,7 +25,12 @@ def replacements() -> list[Replacement]:
             log_probs_from_logits,
             compare=partial(compare_tensors, copy=True),
         ),
-        Replacement(f"{UTILS}.compute_entropy", compute_entropy),
+        # As written: compiling it takes longer than the comparison is worth.
+        Replacement(
+            f"{UTILS}.compute_entropy",
+            compute_entropy,
+            compare=partial(compare_tensors, original=inspect.unwrap(utils.compute_entropy)),
+        ),
         Replacement(f"{MAKER}.get_advantages_and_returns", get_advantages_and_returns),
         Replacement(f"{MAKER}.get_cumulative_returns", get_cumulative_returns),
     ]
@@ -39,11 +46,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    need_kernel("logprob_from_logits", logits)
-    anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    entropy = logprob_from_logits(logits, anything, entropy=True).entropy
-    assert entropy is not None
-    return entropy
+    return entropy_of_logits(logits)
 
 
 def get_advantages_and_returns(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fastrl import models
 from fastrl.integrations.comparison import Call, compare_gradients, compare_outputs, narrowest
-from fastrl.integrations.kernels import need_kernel
+from fastrl.integrations.kernels import entropy_of_logits, need_kernel
 from fastrl.integrations.patching import Declined, Registration, Replacement
 from fastrl.kernels import linear_logprob, linear_sample, logprob_from_logits
 from fastrl.models.head import autocast_operands, unwrap
@@ -139,11 +139,7 @@ def selective_log_softmax(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    need_kernel("logprob_from_logits", logits)
-    anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    entropy = logprob_from_logits(logits, anything, entropy=True).entropy
-    assert entropy is not None
-    return entropy
+    return entropy_of_logits(logits)
 
 
 def selective_log_softmax_and_entropy(
@@ -265,7 +261,8 @@ def _compare_models(call: Call) -> None:
     with _evaluating(model):
         got = list(call.answer(call.ours))  # first: it may decline
         want = list(call.answer(call.original))
-        dtype = narrowest(model.parameters())
+        with call.bound.arguments["self"].accelerator.autocast():
+            dtype = narrowest(model.parameters())
         scored = mask[:, -call.bound.arguments["logits_to_keep"] :] != 0
         compare_outputs(call.name, want, got, dtype, scored)
         for outputs in (want, got):

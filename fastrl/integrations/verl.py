@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastrl import losses
 from fastrl.integrations.comparison import Call, compare_tensors
-from fastrl.integrations.kernels import need_kernel
+from fastrl.integrations.kernels import entropy_of_logits, need_kernel
 from fastrl.integrations.patching import Declined, Registration, Replacement
 from fastrl.kernels import gae, linear_logprob, logprob_from_logits
 
@@ -50,9 +50,6 @@ def replacements() -> list[Replacement]:
 def registrations() -> list[Registration]:
     estimators, policy = f"{ALGOS}.ADV_ESTIMATOR_REGISTRY", f"{ALGOS}.POLICY_LOSS_REGISTRY"
     return [
-        Registration(
-            f"{ALGOS}.register_adv_est", estimators, "fastrl_gae", compute_gae_advantage_return
-        ),
         Registration(f"{ALGOS}.register_adv_est", estimators, "fastrl_grpo", grpo_advantages),
         Registration(f"{ALGOS}.register_policy_loss", policy, "fastrl", policy_loss),
     ]
@@ -66,15 +63,11 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    need_kernel("logprob_from_logits", logits)
-    anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    entropy = logprob_from_logits(logits, anything, entropy=True).entropy
-    assert entropy is not None
-    return entropy
+    return entropy_of_logits(logits)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    return entropy_from_logits(logits)
+    return entropy_of_logits(logits)
 
 
 def _linear(
