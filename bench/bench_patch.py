@@ -6,8 +6,8 @@ Each run is a process of its own, for its peak memory, and plain and patched one
 model is a Qwen3 of two layers of width 256 in float32, so the lm-head dominates at a large
 vocabulary. The losses of the runs agree to 1e-4 before any time is printed. A step lasts from the
 end of the one before to its own, generation included; the first two, with the comparisons of the
-patch, are left out. Memory is the most that the process held during training, beyond what it held
-before.
+patch, are left out. `cpu` is the processor time of a step, which other processes disturb less.
+Memory is the most that the process held during training, beyond what it held before.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,12 +46,12 @@ def run(kind: str, vocabulary: int, variant: str, steps: int) -> dict:
 
     import fastrl
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     patch = fastrl.patch("trl") if variant == "patched" else contextlib.nullcontext()
-    trl_runs.PROMPTS[:] = ["1+2-3+4-5+6-7+8-9+" * 4 + p for p in trl_runs.PROMPTS]
-    options = {"learning_rate": 1e-5, "beta": 0.0, "max_completion_length": 32}
-    if kind == "dpo":
-        options = {"learning_rate": 1e-5}
+    trl_runs.PROMPTS[:] = ["1+2-3+4-5+6-7+8-9+" * 2 + p for p in trl_runs.PROMPTS]
+    options = {"learning_rate": 1e-5, "per_device_train_batch_size": 8}
+    if kind != "dpo":
+        options |= {"beta": 0.0, "max_completion_length": 16, "num_generations": 4}
     with TemporaryDirectory() as folder, patch:
         tokenizer = trl_runs.character_tokenizer(trl_runs.ALPHABET)
         size = {"vocab_size": vocabulary, **SHAPE}
@@ -58,35 +59,58 @@ def run(kind: str, vocabulary: int, variant: str, steps: int) -> dict:
         if kind == "dpo":
             trainer = trl_runs.preferences(Path(folder), steps, model=model, **options)
         else:
-            options["num_generations"] = 8
             trainer = trl_runs.sampler(kind, Path(folder), steps, model=model, **options)
-        ends = [time.perf_counter()]
+        ends = [(time.perf_counter(), time.process_time())]
 
         class Clock(TrainerCallback):
             def on_step_end(self, *_, **__):
-                ends.append(time.perf_counter())
+                ends.append((time.perf_counter(), time.process_time()))
 
         trainer.add_callback(Clock())
         before = measure.resident()
         peak, losses = measure.peak_of(lambda: trl_runs.losses(trainer))
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    clocks = [[b - a for a, b in pairwise(clock)][WARM_UP:] for clock in zip(*ends, strict=True)]
     return {
         "losses": [loss for loss, _ in losses],
-        "seconds": seconds[WARM_UP:],
+        "wall": clocks[0],
+        "cpu": clocks[1],
         "memory": peak - before,
     }
 
 
-def in_a_process(*task: str) -> dict:
+def in_a_process(threads: int, *task: object) -> dict:
     out = subprocess.run(
-        [sys.executable, __file__, "--task", *task],
+        [sys.executable, __file__, "--task", *map(str, task)],
         capture_output=True,
         text=True,
-        env={"OMP_NUM_THREADS": "2"} | os.environ,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )
     if out.returncode:
         raise SystemExit(out.stderr)
     return json.loads(out.stdout.splitlines()[-1])
+
+
+def compare(kind: str, vocabulary: int, options: argparse.Namespace) -> dict:
+    """Medians of both variants, in turns; `SystemExit` where their losses differ."""
+    runs: dict[str, list[dict]] = {v: [] for v in VARIANTS}
+    for _ in range(options.rounds):
+        for variant in VARIANTS:
+            task = kind, vocabulary, variant, options.steps
+            runs[variant].append(in_a_process(options.threads, *task))
+    gap = max(
+        abs(a - b)
+        for one, other in zip(*runs.values(), strict=True)
+        for a, b in zip(one["losses"], other["losses"], strict=True)
+    )
+    if not gap < 1e-4:
+        raise SystemExit(f"{kind}, V={vocabulary}: losses differ by {gap:.2g}")
+    row = {"kind": kind, "vocabulary": vocabulary, "loss_gap": gap}
+    for variant, results in runs.items():
+        for clock in ("wall", "cpu"):
+            median = statistics.median(t for r in results for t in r[clock])
+            row[f"{variant}_{clock}_ms"] = 1e3 * median
+        row[f"{variant}_mb"] = min(r["memory"] for r in results) / 2**20
+    return row
 
 
 def main():
@@ -95,6 +119,7 @@ def main():
     parser.add_argument("--kinds", nargs="+", default=["grpo", "rloo", "dpo"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--task", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -102,40 +127,22 @@ def main():
         kind, vocabulary, variant, steps = options.task
         print(json.dumps(run(kind, int(vocabulary), variant, int(steps))))
         return
-    figures = []
-    print(f"{'':6}{'V':>8}{'plain ms':>10}{'patched':>9}{'ratio':>7}{'plain MB':>10}{'patched':>9}")
+    rows = []
+    print("             V | wall ms: plain patched ratio | cpu ms: plain patched ratio | MB: plain")
     for vocabulary in options.vocabularies:
         for kind in options.kinds:
-            runs = {v: [] for v in VARIANTS}
-            for _ in range(options.rounds):
-                for variant in VARIANTS:
-                    runs[variant].append(
-                        in_a_process(kind, str(vocabulary), variant, str(options.steps))
-                    )
-            gaps = [
-                abs(a - b)
-                for one, other in zip(*runs.values(), strict=True)
-                for a, b in zip(one["losses"], other["losses"], strict=True)
-            ]
-            if not max(gaps) < 1e-4:
-                raise SystemExit(f"{kind}, V={vocabulary}: losses differ by {max(gaps):.2g}")
-            ms = {
-                v: 1e3 * statistics.median(t for r in runs[v] for t in r["seconds"])
-                for v in VARIANTS
-            }
-            mb = {v: min(r["memory"] for r in runs[v]) / 2**20 for v in VARIANTS}
-            figures.append(
-                {"kind": kind, "vocabulary": vocabulary, "gap": max(gaps), "ms": ms, "mb": mb}
-            )
-            print(
-                f"{kind:6}{vocabulary:8}{ms['plain']:10.0f}{ms['patched']:9.0f}"
-                f"{ms['plain'] / ms['patched']:7.2f}{mb['plain']:10.0f}{mb['patched']:9.0f}",
-                flush=True,
-            )
+            row = compare(kind, vocabulary, options)
+            rows.append(row)
+            text = f"{kind:6}{vocabulary:8}"
+            for clock in ("wall", "cpu"):
+                plain, patched = (row[f"{v}_{clock}_ms"] for v in VARIANTS)
+                text += f" |{plain:15.0f}{patched:8.0f}{plain / patched:6.2f}"
+            text += f" |{row['plain_mb']:9.0f} patched {row['patched_mb']:.0f}"
+            print(f"{text}, losses to {row['loss_gap']:.1g}", flush=True)
     if options.json:
         import measure
 
-        facts = {"machine": measure.machine(), "runs": figures}
+        facts = {"machine": measure.machine(), "rows": rows}
         options.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -89,7 +89,7 @@ def test_every_binding_is_replaced_and_put_back(lab):
     patch.undo()
     patch.undo()  # nothing left to do
     assert [lab.scaled, user.scaled, user.again, late.scaled] == [original] * 4
-    assert lab.REGISTRY == {"scaled": original}
+    assert {"scaled": original} == lab.REGISTRY
 
 
 def test_methods_autograd_functions_and_registrations(lab):

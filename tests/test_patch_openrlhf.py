@@ -1,7 +1,7 @@
 """`fastrl.patch("openrlhf")` on OpenRLHF's own modules; it is no part of the dev install.
 
-They import flash-attn and vLLM, which need a GPU: where these are missing, empty ones stand in while
-OpenRLHF is imported, and it takes its own path without them.
+They import flash-attn and vLLM, which need a GPU: where these are missing, empty ones stand in
+while OpenRLHF is imported, and it takes its own path without them.
 """
 
 import importlib.util
@@ -13,9 +13,13 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("openrlhf")
-pytest.importorskip("deepspeed")
-pytest.importorskip("ray")
+import fastrl
+from fastrl.integrations import PatchError
+from fastrl.kernels import native
+
+HAS_KERNELS = native.unavailable("cpu", torch.device("cpu")) is None
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="without kernels OpenRLHF keeps its own")
+
 
 STAND_INS = {
     "flash_attn": (),
@@ -26,64 +30,64 @@ STAND_INS = {
     "vllm.inputs": ("TokensPrompt",),
     "vllm.utils": ("random_uuid",),
 }
-absent = [n for n in STAND_INS if importlib.util.find_spec(n.split(".")[0]) is None]
-for name in absent:
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__spec__ = importlib.util.spec_from_loader(name, None)
-    vars(sys.modules[name]).update(dict.fromkeys(STAND_INS[name]))
 
-from openrlhf.models import actor, utils
-from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-for name in absent:
-    del sys.modules[name]
-
-import fastrl
-from fastrl.integrations import PatchError
-from fastrl.kernels import native
-
-HAS_KERNELS = native.unavailable("cpu", torch.device("cpu")) is None
-needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="without kernels OpenRLHF keeps its own")
+@pytest.fixture(scope="module")
+def rlhf():
+    for package in ("openrlhf", "deepspeed", "ray", "aiohttp", "pylatexenc"):
+        pytest.importorskip(package)
+    absent = [n for n in STAND_INS if importlib.util.find_spec(n.split(".")[0]) is None]
+    for name in absent:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = importlib.util.spec_from_loader(name, None)
+        vars(sys.modules[name]).update(dict.fromkeys(STAND_INS[name]))
+    try:
+        from openrlhf.models import actor, utils
+        from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+    finally:
+        for name in absent:
+            del sys.modules[name]
+    return types.SimpleNamespace(actor=actor, utils=utils, maker=RemoteExperienceMaker)
 
 
 @pytest.fixture
-def patched():
+def patched(rlhf):
     with fastrl.patch("openrlhf") as patch, warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs as without fastrl")
         yield patch
 
 
-def test_what_is_replaced(patched):
-    assert actor.log_probs_from_logits is utils.log_probs_from_logits
-    assert actor.compute_entropy is utils.compute_entropy
+def test_what_is_replaced(rlhf, patched):
+    assert rlhf.actor.log_probs_from_logits is rlhf.utils.log_probs_from_logits
+    assert rlhf.actor.compute_entropy is rlhf.utils.compute_entropy
     before = patched.replaced["openrlhf.models.actor.compute_entropy"].original
     patched.undo()
-    assert actor.compute_entropy is utils.compute_entropy is before
+    assert rlhf.actor.compute_entropy is rlhf.utils.compute_entropy is before
 
 
-def test_a_renamed_function_raises(monkeypatch):
-    monkeypatch.delattr(RemoteExperienceMaker, "get_advantages_and_returns")
+def test_a_renamed_function_raises(rlhf, monkeypatch):
+    monkeypatch.delattr(rlhf.maker, "get_advantages_and_returns")
     with pytest.raises(PatchError, match="get_advantages_and_returns is not in openrlhf"):
         fastrl.patch("openrlhf")
 
 
 @needs_kernels
-def test_logits_by_hand(patched):
+def test_logits_by_hand(rlhf, patched):
     logits = torch.tensor([[[1.0, 2.0, 1.0], [5.0, 5.0, 5.0]]]).log().requires_grad_()
     held = logits * 1.0
-    got = utils.log_probs_from_logits(held, torch.tensor([[1, 2]]))
+    got = rlhf.utils.log_probs_from_logits(held, torch.tensor([[1, 2]]))
     assert got[0].tolist() == pytest.approx([math.log(1 / 2), math.log(1 / 3)], abs=1e-6)
     got[0, 0].backward()
     assert logits.grad[0, 0].tolist() == pytest.approx([-0.25, 0.5, -0.25], abs=1e-6)
     assert torch.equal(held, logits)
-    hot = utils.log_probs_from_logits(held, torch.tensor([[1, 2]]), temperature=0.5)  # 1, 4, 1
+    hot = rlhf.utils.log_probs_from_logits(held, torch.tensor([[1, 2]]), temperature=0.5)  # 1, 4, 1
     assert hot[0].tolist() == pytest.approx([math.log(4 / 6), math.log(1 / 3)], abs=1e-6)
-    entropy = utils.compute_entropy(logits)[0]
+    entropy = rlhf.utils.compute_entropy(logits)[0]
     assert entropy.tolist() == pytest.approx([1.5 * math.log(2), math.log(3)], abs=1e-6)
 
 
 @needs_kernels
-def test_advantages_and_returns(patched):
+def test_advantages_and_returns(rlhf, patched):
     g = torch.Generator().manual_seed(0)
     values, rewards = torch.randn(2, 5, 13, generator=g)
     mask = torch.rand(5, 13, generator=g) > 0.3
@@ -94,7 +98,7 @@ def test_advantages_and_returns(patched):
         ("get_cumulative_returns", (rewards, mask, 0.9)),
     ):
         want = patched.replaced[f"{maker}.{name}"].original(None, *arguments)
-        got = getattr(RemoteExperienceMaker, name)(None, *arguments)
+        got = getattr(rlhf.maker, name)(None, *arguments)
         for a, b in zip(
             want if isinstance(want, tuple) else (want,),
             got if isinstance(got, tuple) else (got,),

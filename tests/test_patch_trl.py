@@ -36,10 +36,14 @@ def patched():
 def test_what_is_replaced():
     importlib.import_module("trl.experimental.cpo.cpo_trainer")
     functions = (
-        "ChunkedLogProbFunction.apply selective_log_softmax entropy_from_logits "
-        "selective_log_softmax_and_entropy GRPOTrainer._get_per_token_logps_and_entropies "
-        "RLOOTrainer._get_per_token_logps_and_entropies cpo_trainer.selective_log_softmax"
-    ).split()
+        "ChunkedLogProbFunction.apply",
+        "utils.selective_log_softmax",
+        "utils.entropy_from_logits",
+        "utils.selective_log_softmax_and_entropy",
+        "GRPOTrainer._get_per_token_logps_and_entropies",
+        "RLOOTrainer._get_per_token_logps_and_entropies",
+        "cpo_trainer.selective_log_softmax",
+    )
     before = utils.selective_log_softmax
     with fastrl.patch("trl") as patch:
         for name in functions:
@@ -104,9 +108,7 @@ def test_chunked_against_the_original(patched, dtype, softcap):
                 torch.testing.assert_close(a, b, check_dtype=False, **tolerance)
     assert got[4][:3].tolist() == [True, False, True]
     leaves, up = (hidden, weight, bias), torch.randn(2, 333, generator=g)
-    theirs, ours = (
-        torch.autograd.grad((out[:2]), leaves, (up[0], up[1])) for out in (want, got)
-    )
+    theirs, ours = (torch.autograd.grad((out[:2]), leaves, (up[0], up[1])) for out in (want, got))
     for a, b in zip(theirs, ours, strict=True):
         assert a.dtype == b.dtype
         limit = (1e-4 if dtype == torch.float32 else 3e-2) * a.abs().max()
@@ -259,9 +261,7 @@ def test_a_model_that_shares_wrongly_is_found(trainer, patched, monkeypatch):
 
     monkeypatch.setattr(models, "group_logprobs", off)
     with pytest.raises(PatchError, match=r"_get_per_token_logps_and_entropies: fastrl's output 0"):
-        trainer._get_per_token_logps_and_entropies(
-            trainer.model, *batch(trainer.processing_class)
-        )
+        trainer._get_per_token_logps_and_entropies(trainer.model, *batch(trainer.processing_class))
 
 
 @needs_kernels

@@ -30,7 +30,9 @@ def replacements() -> list[Replacement]:
     chunked = "trl.kernels.chunked_logprob.ChunkedLogProbFunction"
     return [
         Replacement(
-            f"{chunked}.apply", _chunked(ChunkedLogProbFunction.apply), declared=f"{chunked}.forward"
+            f"{chunked}.apply",
+            _chunked(ChunkedLogProbFunction.apply),
+            declared=f"{chunked}.forward",
         ),
         # Only here: elsewhere it tells whether TRL's own Triton kernels can be launched.
         Replacement(
@@ -92,7 +94,9 @@ def _chunked(original: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             if "log_sum_sq_probs" in outputs:
                 # sum p^2 = sum exp(2 z) / (sum exp z)^2, and 2 z are the logits at T / 2
-                squared = linear_logprob(states, matrix, targets, temperature=temperature / 2, **head)
+                squared = linear_logprob(
+                    states, matrix, targets, temperature=temperature / 2, **head
+                )
                 given["log_sum_sq_probs"] = squared.lse - 2 * out.lse
             if "mean_logits" in outputs and final_logit_softcapping is None:
                 # linear without a softcap, so one row stands for the vocabulary
@@ -316,8 +320,8 @@ def _sampling(trainer: Any) -> dict[str, Any]:
     args = trainer.args
     if args.repetition_penalty != 1.0:
         raise ValueError(
-            f"repetition_penalty={args.repetition_penalty} is not supported by rollout_func; set it "
-            "to 1.0"
+            f"repetition_penalty={args.repetition_penalty} is not supported by rollout_func; "
+            "set it to 1.0"
         )
     if args.generation_kwargs:
         raise ValueError(

@@ -205,5 +205,3 @@ def policy_loss(
         dual_clip=config.get("clip_ratio_c", 3.0),
     )
     return loss, {f"actor/{name}": value.item() for name, value in metrics.items()}
-
-
