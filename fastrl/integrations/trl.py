@@ -186,8 +186,9 @@ def _get_per_token_logps_and_entropies(
     image_position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """TRL's per-token log-probs, with the prompt of a group computed once."""
-    more = (pixel_values, image_grid_thw, num_images, pixel_attention_mask, spatial_shapes)
-    more += (num_tiles, image_sizes, token_type_ids, mm_token_type_ids, image_position_ids)
+    more: list[object] = [pixel_values, image_grid_thw, num_images, pixel_attention_mask]
+    more += [spatial_shapes, num_tiles, image_sizes]
+    more += [token_type_ids, mm_token_type_ids, image_position_ids]
     if any(x is not None for x in more):
         raise Declined("a batch with images, or token types, does not share its prompts")
     if compute_aux_loss:
