@@ -92,7 +92,8 @@ def test_chunked_against_the_original(patched, dtype, softcap):
         targets = torch.randint(1003, (333,), generator=g)
         targets[:2], targets[2::3] = torch.tensor([7, 700]), 7
     rest = (targets, 0.7, 257, softcap, 0.5)
-    tolerance = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 0.1}
+    # The original rounds logits of up to 180 to bf16, which has 8 bits.
+    tolerance = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 1.0}
     calls = ((), ("log_probs",), ("log_probs", "entropy"), STATISTICS)
     for outputs in calls:
         want = original_chunked(hidden, weight, bias, *rest, outputs)

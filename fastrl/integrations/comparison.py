@@ -12,6 +12,7 @@ from torch import Tensor
 # 16 bits are wide, as the originals round logits to them before the logsumexp.
 VALUES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 GRADIENTS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+PIECE = 2**20  # elements compared at once
 
 
 class PatchError(RuntimeError):
@@ -39,6 +40,38 @@ class Call:
         return function(*arguments.args, **arguments.kwargs)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a function gave: its outputs without their graph, and gradients through them."""
+
+    outputs: list[Any]
+    differentiable: list[bool]
+    gradients: dict[str, Tensor | None]
+
+    @classmethod
+    def of(cls, result: Any, leaves: dict[str, Tensor]) -> "Answer":
+        """The outputs of a function that returns one or a tuple of them.
+
+        Gradients of `leaves` are of all outputs together, weighted from element to element.
+        """
+        outputs = list(result) if isinstance(result, tuple | list) else [result]
+        through = [isinstance(x, Tensor) and x.requires_grad for x in outputs]
+        wanted = [(x, i) for i, x in enumerate(outputs) if through[i]] if leaves else []
+        gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if wanted:
+            gradients = torch.autograd.grad(
+                [x for x, _ in wanted],
+                list(leaves.values()),
+                [_upstream(x, i) for x, i in wanted],
+                allow_unused=True,
+            )
+        return cls(
+            [x.detach() if isinstance(x, Tensor) else x for x in outputs],
+            through,
+            dict(zip(leaves, gradients, strict=True)),
+        )
+
+
 def compare_tensors(
     call: Call,
     *,
@@ -54,9 +87,8 @@ def compare_tensors(
     `changed` arguments are given to both. Raises `PatchError`.
     """
     tensors = {k: v for k, v in call.bound.arguments.items() if isinstance(v, Tensor)}
-    changed = {k: v for k, v in changed.items() if k in call.bound.arguments}
 
-    def run(function: Callable[..., Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    def run(function: Callable[..., Any]) -> Answer:
         fresh = {
             k: (v.detach().clone() if copy else v.detach()).requires_grad_(
                 v.requires_grad and torch.is_grad_enabled()
@@ -64,19 +96,11 @@ def compare_tensors(
             for k, v in tensors.items()
         }
         leaves = {k: v for k, v in fresh.items() if v.requires_grad}
-        return outputs_of(call.answer(function, **fresh, **changed)), leaves
+        return Answer.of(call.answer(function, **fresh, **changed), leaves)
 
-    want, theirs = run(original or call.original)
-    got, ours = run(call.ours)
+    ours = run(call.ours)  # first: it may decline
     mask = None if where is None else tensors[where] != 0
-    dtype = narrowest(tensors.values())
-    compare_outputs(call.name, want, got, dtype, mask)
-    compare_gradients(call.name, (want, theirs), (got, ours), dtype)
-
-
-def outputs_of(result: Any) -> list[Any]:
-    """The outputs of a function that returns one or a tuple of them."""
-    return list(result) if isinstance(result, tuple | list) else [result]
+    compare(call.name, run(original or call.original), ours, narrowest(tensors.values()), mask)
 
 
 def narrowest(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -91,61 +115,44 @@ def narrowest(tensors: Iterable[Tensor]) -> torch.dtype:
     return max(dtypes, key=lambda d: VALUES.get(d, 1.0), default=torch.float32)
 
 
-def compare_outputs(
-    name: str, want: list[Any], got: list[Any], dtype: torch.dtype, mask: Tensor | None = None
+def compare(
+    name: str, want: Answer, got: Answer, dtype: torch.dtype, mask: Tensor | None = None
 ) -> None:
-    """Raise `PatchError` where outputs differ by more than `dtype` explains."""
-    if len(want) != len(got):
-        raise PatchError(f"{name} returns {len(want)} values, fastrl's {len(got)}")
-    for i, (a, b) in enumerate(zip(want, got, strict=True)):
-        what = f"output {i}" if len(want) > 1 else "output"
+    """Raise `PatchError` where answers differ by more than `dtype` explains.
+
+    With `mask`, outputs count where it is true.
+    """
+    if len(want.outputs) != len(got.outputs):
+        raise PatchError(f"{name} returns {len(want.outputs)} values, fastrl's {len(got.outputs)}")
+    several = len(want.outputs) > 1
+    for i, (a, b) in enumerate(zip(want.outputs, got.outputs, strict=True)):
+        what = f"output {i}" if several else "output"
         if (a is None) != (b is None):
             raise PatchError(f"{name}: {what} is None on one side alone")
         if a is None:
             continue
         if a.shape != b.shape:
             raise PatchError(f"{name}: {what} is {tuple(a.shape)}, fastrl's {tuple(b.shape)}")
+        if want.differentiable[i] != got.differentiable[i]:
+            have = ("has none", "has one")
+            raise PatchError(
+                f"{name}: a gradient through {what}: the original {have[want.differentiable[i]]}, "
+                f"fastrl's {have[got.differentiable[i]]}"
+            )
         if mask is not None:
             a, b = a[mask], b[mask]
         if a.dtype == torch.bool:
             share = (a != b).double().mean().item() if a.numel() else 0.0
             # A tie of two logits that one side rounded may fall either way.
-            allowed = max(5 * VALUES[dtype], 1.0 / max(a.numel(), 1))
-            _check(name, what, share, allowed, dtype)
+            _check(name, what, share, max(5 * VALUES[dtype], 1.0 / max(a.numel(), 1)), dtype)
         else:
             _check_close(name, what, a, b, VALUES[dtype], 1.0, dtype)
-
-
-def compare_gradients(
-    name: str,
-    want: tuple[list[Any], dict[str, Tensor]],
-    got: tuple[list[Any], dict[str, Tensor]],
-    dtype: torch.dtype,
-) -> None:
-    """Raise `PatchError` where gradients of all differentiable outputs together differ.
-
-    Each side is (outputs, leaves by name); the upstream gradient differs from element to element.
-    """
-    through = [i for i, a in enumerate(want[0]) if isinstance(a, Tensor) and a.requires_grad]
-    if not through:
-        return
-    for i in through:
-        if not got[0][i].requires_grad:
-            raise PatchError(f"{name}: output {i} has a gradient, fastrl's has none")
-    theirs, ours = (
-        torch.autograd.grad(
-            [outputs[i] for i in through],
-            list(leaves.values()),
-            [_upstream(outputs[i], i) for i in through],
-            allow_unused=True,
-        )
-        for outputs, leaves in (want, got)
-    )
-    for leaf, a, b in zip(want[1], theirs, ours, strict=True):
+    for leaf, a in want.gradients.items():
+        b = got.gradients[leaf]
         if a is None and b is None:
             continue
-        a = torch.zeros_like(want[1][leaf]) if a is None else a
-        b = torch.zeros_like(a) if b is None else b
+        zeros = torch.zeros((), device=(a if a is not None else b).device)  # type: ignore[union-attr]
+        a, b = torch.broadcast_tensors(zeros if a is None else a, zeros if b is None else b)
         _check_close(name, f"gradient of {leaf}", a, b, GRADIENTS[dtype], 0.0, dtype)
 
 
@@ -163,12 +170,16 @@ def _check_close(
     floor: float,
     dtype: torch.dtype,
 ) -> None:
-    finite = torch.isfinite(want)
-    want, got = want[finite].double(), got[finite].double()
-    if not want.numel():
-        return
-    scale = max(want.abs().max().item(), floor)
-    _check(name, what, (want - got).abs().max().item(), tolerance * scale, dtype)
+    gaps, scales = [0.0], [floor]
+    # In pieces: a gradient of an embedding in float64 would be the largest tensor of the step.
+    for a, b in zip(want.flatten().split(PIECE), got.flatten().split(PIECE), strict=True):
+        finite = torch.isfinite(a)
+        a, b = a[finite].double(), b[finite].double()
+        if a.numel():
+            gaps.append((a - b).abs().max().item())
+            scales.append(a.abs().max().item())
+    gap = torch.tensor(gaps).max().item()  # NaN if there is one
+    _check(name, what, gap, tolerance * max(scales), dtype)
 
 
 def _check(name: str, what: str, gap: float, allowed: float, dtype: torch.dtype) -> None:
