@@ -33,6 +33,15 @@ class LmHead:
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
+def autocast_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a linear layer would multiply: both in autocast's dtype where it is on."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
 def unwrap(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself; adapters stay in place."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastrl.kernels import GroupLayout, LogProbs, linear_logprob
 from fastrl.models.attention import INSTEAD, check_shared_prefix, shared_attention
-from fastrl.models.head import as_forward, backbone, lm_head, unwrap
+from fastrl.models.head import as_forward, autocast_operands, backbone, lm_head, unwrap
 
 IGNORED = -100
 
@@ -140,8 +140,7 @@ def group_logprobs(
     at = torch.cat([first, rest]).unbind(1)
     head = lm_head(model)
     out = linear_logprob(
-        states,
-        head.weight,
+        *autocast_operands(states, head.weight),
         ids[at],
         temperature=temperature,
         entropy=entropy,
@@ -223,8 +222,7 @@ def state_logprobs(
     """`completion_logprobs` of a model's `completion_states` `[B, T, H]`."""
     head = lm_head(model)
     return linear_logprob(
-        states,
-        head.weight,
+        *autocast_operands(states, head.weight),
         completion_ids.masked_fill(~completion_mask, IGNORED),
         temperature=temperature,
         ignore_index=IGNORED,

@@ -309,7 +309,7 @@ class Adversarial(GRPO):
     """Policy against discriminator: GAIL, AIRL or FAIRL by `fastrl.losses.imitation_rewards`."""
 
     algorithm: Literal["gail", "airl", "fairl"] = "gail"  # type: ignore[assignment]
-    reward: ImitationReward = "gail"  # type: ignore[assignment]
+    reward: ImitationReward = "gail"
     level: Literal["sequence", "token"] = "sequence"
     demonstrations_per_step: int = Field(64, ge=1)
     discriminator_updates: int = Field(1, ge=1)
