@@ -8,7 +8,7 @@ from fastrl.kernels.attention.layout import GroupLayout
 from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
-HAS: tuple[str, ...] = ("cpu",)
+HAS: tuple[str, ...] = ("cpu", "triton")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout) -> None:
