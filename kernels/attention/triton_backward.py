@@ -110,7 +110,7 @@ def _bwd_queries_kernel(
     # The softmax's gradient takes off the mean of the slopes, which is the output times its
     # gradient: where one key has all the weight, only the output before rounding cancels it.
     kept = _fetch(out, first + token, head, heads * D, D, inside, D, WIDTH, True).to(tl.float32)
-    if EPSILON:
+    if EPSILON != 0:
         lost = _fetch(rest, first + token, head, heads * D, D, inside, D, WIDTH, True)
         kept += lost.to(tl.float32) * rest_unit(kept, EPSILON)
     mean = tl.sum(kept * grad.to(tl.float32), 1)
@@ -248,9 +248,10 @@ def _bwd_keys_kernel(
     blocks = tl.cdiv(rows, M)
     diagonal = tl.minimum(tl.cdiv(N * SHARE, M), blocks)
     settings = (scale, softcap, window)
-    state = (tl.zeros((N, WIDTH), tl.float32), tl.zeros((N, WIDTH), tl.float32))
+    of_key = tl.zeros((N, WIDTH), tl.float32)
+    of_value = tl.zeros((N, WIDTH), tl.float32)
     of_key, of_value = _walk_queries(
-        *(*state, key, value, first + own, q, grad_out, lse, delta, positions),
+        *(of_key, of_value, key, value, first + own, q, grad_out, lse, delta, positions),
         *(q_stride, q_head_stride, begin, rows, (0, blocks if WINDOW else diagonal), settings),
         *(D, WIDTH, SHARE, M, SOFTCAP, WINDOW, WIDE, True),
     )

@@ -258,7 +258,7 @@ def _fwd_kernel(
     rounded = result.to(out.dtype.element_ty)
     tl.store(out + places, rounded, mask=there)
     tl.store(lse + row, top + tl.log(total), mask=inside)
-    if EPSILON:
+    if EPSILON != 0:
         kept = rounded.to(tl.float32)
         lost = (result - kept) / rest_unit(kept, EPSILON)
         lost = tl.minimum(tl.maximum(lost, -REST_STEPS), REST_STEPS)

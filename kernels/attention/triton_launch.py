@@ -27,23 +27,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Of each kernel by the padded head size: bf16 and fp16, then float32, which never becomes TF32.
-HALF = {
-    "forward": {
-        64: Tile(128, 64, 4, 3),
-        128: Tile(128, 64, 8, 3),
-        256: Tile(128, 32, 8, 2),
-    },
-    "queries": {
-        64: Tile(128, 64, 8, 3),
-        128: Tile(128, 64, 8, 2),
-        256: Tile(64, 32, 8, 2),
-    },
-    "keys": {
-        64: Tile(64, 64, 4, 2),
-        128: Tile(64, 64, 8, 2),
-        256: Tile(32, 32, 8, 1),
-    },
+# Of each kernel by the padded head size. bf16 and fp16 on Hopper, whose wgmma wants 64 rows, and
+# before it; float32 everywhere, which never becomes TF32.
+HOPPER = {
+    "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "queries": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "keys": {64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+}
+AMPERE = {
+    "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "queries": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "keys": {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
 FLOAT = {
     "forward": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 8, 1)},
@@ -57,9 +51,14 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def tile(kernel: str, dtype: torch.dtype, width: int) -> Tile:
+def tile(kernel: str, dtype: torch.dtype, width: int, hopper: bool = True) -> Tile:
     """Depends on nothing else, so that bits do not either."""
-    return (FLOAT if dtype == torch.float32 else HALF)[kernel][max(64, padded(width))]
+    table = FLOAT if dtype == torch.float32 else HOPPER if hopper else AMPERE
+    return table[kernel][max(64, padded(width))]
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ class _Launch(NamedTuple):
         if not p.offsets.is_cuda:
             p.layout.check(len(p.q))
         q, k, v = map(_rows, (p.q, p.k, p.v))
-        m, n, warps, stages = tile(kernel, q.dtype, width)
+        m, n, warps, stages = tile(kernel, q.dtype, width, _is_hopper(q.device))
         segments, count = len(p.offsets) - 1, len(p.groups) - 1
         strides = (s for x in (q, k, v) for s in x.stride()[:2])
         flags = {
