@@ -40,7 +40,9 @@ def check_extreme_scores(dtype, device="cpu"):
 
 def check_a_completion_alone(dtype, device="cpu", **options):
     """The same bits alone with its prompt and in any batch."""
-    prompts, completions = [9, 37, 5], [[17, 1, 44, 0], [70, 3], [9]]
+    prompts, completions = [9, 37], [[17, 1, 0], [70]]
+    if device != "cpu":
+        prompts, completions = [9, 370, 5], [[17, 1, 44, 0], [170, 3], [9]]
     layout = GroupLayout.from_lengths(prompts, completions, device)
     inputs = [x.to(device) for x in draw(layout, 6, 2, 32, dtype)]
     out, lse, grad_q, grad_k, grad_v = run(inputs, layout, "triton", **options)
@@ -110,13 +112,13 @@ def check_rules(device="cpu"):
         shared_prefix_attention(*torch.zeros(3, 2, 1, 272, device=device), layout, impl="triton")
 
 
-def check_many_segments(monkeypatched_search=4):
+def check_many_segments():
     """More segments than a program looks at at once."""
     import triton.language as tl
 
     from fastrl.kernels.attention import triton_kernels
 
-    triton_kernels.SEARCH = tl.constexpr(monkeypatched_search)
+    triton_kernels.SEARCH = tl.constexpr(4)
     layout = GroupLayout.from_lengths([3, 1, 2, 0, 5, 4], [[2, 0], [1, 1, 1], [], [4], [1], [0]])
     check_accurate(torch.float16, layout, 2, 1, 16)
 
@@ -141,27 +143,23 @@ def check_torch(device="cpu", backend="aot_eager"):
 
 def check_interpreted_numbers():
     """Run in a process with TRITON_INTERPRET=1."""
+    torch.set_num_threads(1)
     gpu_proof.round_bf16_when_interpreted()
     layout = GroupLayout.from_lengths(*SMALL)
-    for dtype, options in itertools.product(DTYPES, ({}, CAPPED)):
-        check_accurate(dtype, layout, 2, 1, 20, **options)
-    for heads, kv_heads, width in ((16, 1, 32), (7, 1, 64), (3, 3, 80), (4, 2, 256)):
-        for dtype in (torch.bfloat16, torch.float16):
-            check_accurate(dtype, layout, heads, kv_heads, width)
+    check_accurate(torch.float32, layout, 2, 1, 20, **CAPPED)
+    check_accurate(torch.bfloat16, layout, 3, 3, 80)
+    check_accurate(torch.float16, layout, 4, 1, 32, **CAPPED)
     tiny = GroupLayout.from_lengths([5, 33], [[3, 1], [7]])
     check_accurate(torch.float32, tiny, 8, 1, 128)
-    check_accurate(torch.float32, tiny, 2, 2, 256, window=4)
-    for lengths in (([1], [[1]]), ([0], [[140]]), ([193], [[1] * 5]), ([64], [[64, 128]])):
-        layout = GroupLayout.from_lengths(*lengths)
-        for options in ({}, {"window": 50}):
-            check_accurate(torch.bfloat16, layout, 2, 1, 32, **options)
+    check_accurate(torch.bfloat16, tiny, 16, 1, 256, window=4)
+    for lengths in (([1], [[1]]), ([0], [[140]]), ([129], [[1] * 3]), ([64], [[64, 128]])):
+        check_accurate(torch.bfloat16, GroupLayout.from_lengths(*lengths), 2, 1, 32)
 
 
 def check_interpreted_rules():
+    torch.set_num_threads(1)
     gpu_proof.round_bf16_when_interpreted()
-    for dtype in (torch.bfloat16, torch.float16):
-        check_extreme_scores(dtype)
-    check_a_completion_alone(torch.bfloat16)
+    check_extreme_scores(torch.bfloat16)
     check_a_completion_alone(torch.float16, window=30, softcap=5.0)
     check_rules()
     check_torch()
@@ -227,7 +225,9 @@ def check_cost(which, capability, dtype, width, **options):
     cost = triton_cost(which, capability, dtype, width, **options)
     # A tile of 64 keys by 256 does not fit the registers, and wgmma takes no fewer.
     wgmma = capability == 90 and dtype != torch.float32 and (which, width) != ("keys", 256)
-    cost.check(shared=163 * 1024 if capability == 80 else 227 * 1024, wgmma=wgmma)
+    # Products in float32 without tensor cores hold their operands in registers, which may not do.
+    local = 256 if dtype == torch.float32 else 0
+    cost.check(shared=163 * 1024 if capability == 80 else 227 * 1024, wgmma=wgmma, local=local)
 
 
 @needs_triton
