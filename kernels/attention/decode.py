@@ -18,7 +18,7 @@ from fastrl.kernels.attention.triton_launch import WIDEST, _on, padded
 SPLIT = 256  # keys of a part; fixed, so that a row's bits do not depend on its batch
 SHARED_ROWS = 64  # queries, over rows and heads, of a program on a shared node
 MERGED = 16  # parts that are merged at once
-KEYS = {64: 64, 128: 64, 256: 32}  # at once, by the padded head size
+KEYS = {64: 64, 128: 32, 256: 32}  # at once, by the padded head size
 
 
 class Segment(NamedTuple):

@@ -123,9 +123,9 @@ def _decode_kernel(
     begin = tl.maximum(first, tl.min(oldest, 0) // N * N) if WINDOW else first
     for block in range(begin, tl.minimum(first + SPLIT, tl.max(limit, 0)), N):
         j = block + tl.arange(0, N)
-        there = j < capacity
+        there = j < tl.max(limit, 0)
         key = _fetch(keys, j, 0, D, 0, there, D, WIDTH, True)
-        value = _fetch(values, j, 0, D, 0, j < tl.max(limit, 0), D, WIDTH, True)
+        value = _fetch(values, j, 0, D, 0, there, D, WIDTH, True)
         scores, _ = _cap(_dot(x, key.T, None, WIDE), scale, softcap, SOFTCAP)
         seen = j[None, :] < limit[:, None]
         if WINDOW:
