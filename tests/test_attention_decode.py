@@ -40,7 +40,7 @@ class Forest:
         self.positions = torch.tensor(
             [starts[chain[-1][0]] + chain[-1][1] - 1 for chain in chains], device=device
         )
-        for storage, (_, capacity, _) in zip(self.storage, segments, strict=True):
+        for storage in self.storage:
             used = max(n for chain in chains for s, n in chain if self.storage[s] is storage)
             storage[:, :, :, used:] = float("nan")  # never read
         for s, n in (chain[-1] for chain in chains):
@@ -50,10 +50,7 @@ class Forest:
             for x, segment in zip(self.storage, segments, strict=True)
         ]
         visits = [
-            [
-                Visit(row, s, -1 if i == len(chain) - 1 else n)
-                for i, (s, n) in enumerate(chain)
-            ]
+            [Visit(row, s, -1 if i == len(chain) - 1 else n) for i, (s, n) in enumerate(chain)]
             for row, chain in enumerate(chains)
         ]
         self.table = table(nodes, visits, heads // kv_heads, rows)

@@ -1,6 +1,5 @@
-"""The GPU code of shared_prefix_attention: proofs without a GPU, and tests for where there is one."""
+"""The GPU code of shared_prefix_attention: proofs without a GPU, tests for where there is one."""
 
-import itertools
 from importlib.util import find_spec
 
 import gpu_proof
@@ -137,7 +136,7 @@ def check_torch(device="cpu", backend="aot_eager"):
     assert same(*gradients)
     wrong = GroupLayout(layout.offsets[:-1], layout.groups)
     if device == "cpu":
-        with pytest.raises(ValueError, match="offsets must .*end at the number of tokens, T=10"):
+        with pytest.raises(ValueError, match=r"offsets must .*end at the number of tokens, T=10"):
             shared_prefix_attention(*inputs, wrong, impl="triton")
 
 

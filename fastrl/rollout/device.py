@@ -37,6 +37,8 @@ class _Prompts(NamedTuple):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         first = 0
+        kept = self.nodes[0].storage.dtype
+        need(k.dtype == q.dtype == kept, f"its keys are {k.dtype}, its embedding {kept}")
         for node, end in zip(self.nodes, self.ends, strict=True):
             for kind, x in enumerate((k, v)):
                 node.storage[layer, kind].copy_(x[first:end].transpose(0, 1))
@@ -121,7 +123,6 @@ class DeviceDecoder:
         weight = self._inner.embed_tokens.weight
         self._dtype, self._device = weight.dtype, weight.device
         for name, p in self._inner.named_parameters():
-            need(p.dtype == self._dtype, f"{name} is {p.dtype}, the embedding {self._dtype}")
             need(p.device == self._device, f"{name} is on {p.device}, not on {self._device}")
             need(type(p) is nn.Parameter, f"{name} is a {type(p).__name__}")
         floats = torch.float32, torch.bfloat16, torch.float16

@@ -254,7 +254,9 @@ class RolloutEngine:
             raise RuntimeError(f"branches need the native decoder: {self.fallback_reason}")
         return decoder
 
-    def _start(self, decoder: Decoder | DeviceDecoder | None, rows: list[list[int]]) -> generation.Rows:
+    def _start(
+        self, decoder: Decoder | DeviceDecoder | None, rows: list[list[int]]
+    ) -> generation.Rows:
         unique = [i for i in range(len(rows)) if i == 0 or rows[i] is not rows[i - 1]]
         copies = [b - a for a, b in zip(unique, [*unique[1:], len(rows)], strict=True)]
         prompts = [rows[i] for i in unique]

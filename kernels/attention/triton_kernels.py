@@ -111,8 +111,17 @@ def _seen(is_shared, j, end, token, shared, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _fetch(base, row, head, stride, head_stride, there, D: tl.constexpr, WIDTH: tl.constexpr,
-           MASKED: tl.constexpr):
+def _fetch(
+    base,
+    row,
+    head,
+    stride,
+    head_stride,
+    there,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Rows of x[token, head], [rows, WIDTH]; zeros where they are not there, and beyond D."""
     d = tl.arange(0, WIDTH)
     at = base + (row.to(tl.int64) * stride + head * head_stride)[:, None] + d[None, :]
