@@ -27,6 +27,8 @@ FASTRL_CUDA=on step build 240 "$python" -m pip install --no-deps --no-build-isol
 # Most of the tests' time is compilation, which several processes share.
 workers=$("$python" -c "import xdist; print('-n4')" 2>/dev/null)
 step test 240 "$python" -m pytest -m gpu -q $workers
+step bench_attention 90 "$python" bench/bench_attention_gpu.py \
+  --json "$out/bench_attention_gpu.json"
 step bench_logprob 150 "$python" bench/bench_logprob_gpu.py --json "$out/bench_logprob_gpu.json"
 step table_logprob 90 "$python" bench/bench_logprob_gpu.py --table --rounds 3 \
   --json "$out/table_logprob_gpu.json"

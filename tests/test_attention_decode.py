@@ -223,7 +223,7 @@ def test_triton_compiles_for_every_head_size(capability):
 @gpu_proof.needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gpu(dtype):
-    for heads, kv_heads, width in ((14, 2, 64), (16, 1, 128), (3, 3, 80), (8, 4, 256), (2, 1, 20)):
-        for options in ({}, {"window": 7}, {"window": 290, "softcap": 2.0}):
+    for heads, kv_heads, width in ((14, 2, 64), (16, 1, 128), (8, 4, 256), (3, 3, 20)):
+        for options in ({}, {"window": 290, "softcap": 2.0}):
             check_decode(dtype, heads, kv_heads, width, "cuda", **options)
             check_alone(dtype, heads, kv_heads, width, "cuda", **options)
