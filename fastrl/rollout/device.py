@@ -6,7 +6,8 @@ it lies. A step of so many rows is recorded once as a CUDA graph and replayed fr
 changes, the tokens, their positions and the table of segments, is copied into its buffers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from fastrl.kernels.native import unavailable
 from fastrl.models.attention import implementation
 from fastrl.models.head import unwrap
 from fastrl.rollout.cache import CHUNK, Branch, Node
-from fastrl.rollout.decoder import FAMILIES, need
+from fastrl.rollout.decoder import FAMILIES, UnsupportedModel, need
 
 if TYPE_CHECKING:  # Triton may not be installed
     from fastrl.kernels.attention.decode import Table, Workspace
@@ -60,16 +61,16 @@ class _Step:
         self.tokens, self.positions = torch.zeros(2, rows, dtype=torch.int64, device=device)
         self._table = table._replace(values=torch.empty_like(table.values, device=device))
         self._workspace = workspace
-        self._loaded: Placed | None = None
+        self._loaded: Tensor | None = None  # not the nodes, which would outlive their branches
         self.hidden: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def load(self, tokens: Tensor, positions: Tensor, where: Placed) -> None:
         self.tokens[: len(tokens)].copy_(tokens)
         self.positions[: len(positions)].copy_(positions)
-        if self._loaded is not where:
+        if self._loaded is not where.table.values:
             self._table.values.copy_(where.table.values)
-            self._loaded = where
+            self._loaded = where.table.values
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         from fastrl.kernels.attention.decode import decode_attention
@@ -147,7 +148,7 @@ class DeviceDecoder:
 
     def _forward(self, tokens: Tensor, positions: Tensor, cached: _Prompts | _Step) -> Tensor:
         """Final hidden states of rows `[M]` at positions `[M]`."""
-        with implementation(self._config, NAME):
+        with implementation(self._config, NAME), _eval(self._inner):
             hidden = self._inner.embed_tokens(tokens.unsqueeze(0))
             at = positions.unsqueeze(0)
             angles = self._inner.rotary_emb(hidden, position_ids=at)
@@ -236,8 +237,11 @@ class DeviceDecoder:
     def _record(self, step: _Step) -> None:
         """What just ran becomes a graph; then it runs once more, writing what it wrote before."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            step.hidden = self._forward(step.tokens, step.positions, step)
+        try:
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+                step.hidden = self._forward(step.tokens, step.positions, step)
+        except RuntimeError as error:
+            raise UnsupportedModel(f"no CUDA graph records its step: {error}") from error
         step.graph = graph
         graph.replay()
 
@@ -248,6 +252,17 @@ class DeviceDecoder:
             made = Workspace.of(size, self._heads, self._width, self._device)
             self._workspaces[size] = made
         return self._workspaces[size]
+
+
+@contextmanager
+def _eval(module: nn.Module) -> Iterator[None]:
+    """Without dropout inside."""
+    training = module.training
+    module.train(False)
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def _bucket(rows: int) -> int:
