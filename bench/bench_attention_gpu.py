@@ -2,6 +2,7 @@
 
 python bench/bench_attention_gpu.py [--json FILE]   variants interleaved round by round; each is
                                                     compared with float64 before it is timed
+python bench/bench_attention_gpu.py --tiles [...]   sizes of the training kernels' tiles
 
 "replicated" gives each completion a copy of its prompt: for training torch's flash attention over
 the G padded rows, for a decode step torch's attention over each row's own keys and values. A group
@@ -41,6 +42,18 @@ def triton(case):
     return case.inputs, function, lambda x: x
 
 
+# Queries, keys, warps, stages of each kernel; those that do not fit are said to.
+TILES = {
+    "forward": [
+        (128, 64, 8, 3),
+        (128, 64, 4, 3),
+        (64, 64, 4, 3),
+        (128, 128, 8, 2),
+        (128, 32, 8, 3),
+    ],
+    "queries": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)],
+    "keys": [(64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (128, 64, 8, 2)],
+}
 VARIANTS = {"triton": triton, "replicated": replicated}
 
 
@@ -82,15 +95,16 @@ def medians(calls, rounds):
     return {name: [statistics.median(x) for x in zip(*t, strict=True)] for name, t in times.items()}
 
 
+def forward_and_backward(variant, case):
+    """Two calls, of which the second takes what the first returned."""
+    (*leaves, upstream), function, _ = variant(case)
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    return lambda _: function(*leaves), lambda out: torch.autograd.grad(out, leaves, upstream)
+
+
 def train(shape, rounds):
-    case, calls = on_gpu(draw(shape)), {}
-    for name, variant in VARIANTS.items():
-        (*leaves, upstream), function, _ = variant(case)
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        calls[name] = (
-            lambda _, f=function, x=leaves: f(*x),
-            lambda out, x=leaves, g=upstream: torch.autograd.grad(out, x, g),
-        )
+    case = on_gpu(draw(shape))
+    calls = {name: forward_and_backward(variant, case) for name, variant in VARIANTS.items()}
     work = operations(shape)
     print(f"train {shape}: {work / 1e9:.1f} GFLOP forward")
     found = medians(calls, rounds)
@@ -187,6 +201,37 @@ def rollouts(rounds, p=512, g=16, tokens=64):
     return found
 
 
+def tiles(rounds):
+    """Forward and both for each tile in place of the one that is used."""
+    from fastrl.kernels.attention import triton_launch
+
+    used = triton_launch.tile
+    for shape in (SHAPES[1], SHAPES[7]):
+        calls = forward_and_backward(triton, on_gpu(draw(shape)))
+        for kernel, candidates in TILES.items():
+            for sizes in candidates:
+
+                def other(which, *arguments, kernel=kernel, sizes=sizes):
+                    changed = which == kernel
+                    return triton_launch.Tile(*sizes) if changed else used(which, *arguments)
+
+                triton_launch.tile = other
+                try:
+                    found = medians({"triton": calls}, rounds)["triton"]
+                except Exception as error:  # of Triton: too much shared memory
+                    print(f"{shape} {kernel} {sizes}: {type(error).__name__}")
+                    continue
+                finally:
+                    triton_launch.tile = used
+                now = (
+                    "  <- used"
+                    if used(kernel, torch.bfloat16, MODELS[shape[0]].width) == sizes
+                    else ""
+                )
+                print(f"{shape} {kernel} {sizes}: {found[0]:.3f} + {found[1]:.3f} ms{now}")
+                yield shape, (kernel, *sizes), found
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_attention_gpu():
@@ -199,6 +244,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tiles", action="store_true")
     options = parser.parse_args()
     for name in VARIANTS:
         check(name)
@@ -209,6 +255,10 @@ def main():
         if options.json:
             options.json.write_text(json.dumps(report, indent=2) + "\n")
 
+    if options.tiles:
+        for shape, sizes, found in tiles(options.rounds):
+            add(sizes, shape, found)
+        return
     add("rollouts", (512, 16, 64), rollouts(options.rounds))
     for shape in DECODE:
         add("step", shape, step(shape, options.rounds))
