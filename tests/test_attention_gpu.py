@@ -226,7 +226,7 @@ def check_cost(which, capability, dtype, width, **options):
     wgmma = capability == 90 and dtype != torch.float32 and (which, width) != ("keys", 256)
     # Products in float32 without tensor cores hold their operands in registers, which may not do.
     local = 256 if dtype == torch.float32 else 0
-    cost.check(shared=163 * 1024 if capability == 80 else 227 * 1024, wgmma=wgmma, local=local)
+    cost.check(shared=99 * 1024 if capability == 80 else 227 * 1024, wgmma=wgmma, local=local)
 
 
 @needs_triton

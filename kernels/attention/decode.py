@@ -12,8 +12,9 @@ import triton
 from torch import Tensor
 
 from fastrl.kernels.attention import triton_decode
+from fastrl.kernels.attention.library import WIDEST
 from fastrl.kernels.attention.triton_decode import _decode_kernel, _merge_kernel, _write_kernel
-from fastrl.kernels.attention.triton_launch import WIDEST, _on, padded
+from fastrl.kernels.attention.triton_launch import _on, padded
 
 SPLIT = 256  # keys of a part; fixed, so that a row's bits do not depend on its batch
 SHARED_ROWS = 64  # queries, over rows and heads, of a program on a shared node

@@ -11,11 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fastrl.kernels.attention.library import Problem
+from fastrl.kernels.attention.library import WIDEST, Problem
 from fastrl.kernels.attention.triton_backward import _bwd_keys_kernel, _bwd_queries_kernel
 from fastrl.kernels.attention.triton_kernels import _fwd_kernel
-
-WIDEST = 256
 
 
 class Tile(NamedTuple):
@@ -28,7 +26,7 @@ class Tile(NamedTuple):
 
 
 # Of each kernel by the padded head size. bf16 and fp16 on Hopper, whose wgmma wants 64 rows, and
-# before it; float32 everywhere, which never becomes TF32.
+# elsewhere, in the 99 kB that small GPUs have; float32 everywhere, which never becomes TF32.
 HOPPER = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
     "queries": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -36,7 +34,7 @@ HOPPER = {
 }
 AMPERE = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
-    "queries": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "queries": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
     "keys": {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
 }
 FLOAT = {
@@ -57,8 +55,9 @@ def tile(kernel: str, dtype: torch.dtype, width: int, hopper: bool = True) -> Ti
     return table[kernel][max(64, padded(width))]
 
 
-def _is_hopper(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+def _is_large(device: torch.device) -> bool:
+    """Hopper's or its successor's 227 kB of shared memory; in the interpreter too."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ class _Launch(NamedTuple):
         if not p.offsets.is_cuda:
             p.layout.check(len(p.q))
         q, k, v = map(_rows, (p.q, p.k, p.v))
-        m, n, warps, stages = tile(kernel, q.dtype, width, _is_hopper(q.device))
+        m, n, warps, stages = tile(kernel, q.dtype, width, _is_large(q.device))
         segments, count = len(p.offsets) - 1, len(p.groups) - 1
         strides = (s for x in (q, k, v) for s in x.stride()[:2])
         flags = {
