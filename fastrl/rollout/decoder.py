@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -199,10 +199,20 @@ class Decoder:
         return branches
 
 
+class Decodes(Protocol):
+    """A decoder, on whatever device; its layouts are its own, from `place` to `run`."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]: ...
+
+    def place(self, branches: Sequence[Branch]) -> tuple[Any, Tensor]: ...
+
+    def run(self, tokens: Tensor, positions: Tensor, layout: Any) -> Tensor: ...
+
+
 class NativeRows:
     """Branches that step together; `hidden` `[M, H]` is where their last tokens left them."""
 
-    def __init__(self, decoder: Decoder, branches: list[Branch]):
+    def __init__(self, decoder: Decodes, branches: list[Branch]):
         self._decoder = decoder
         self._branches = branches
         self._room = 0  # steps until a branch needs a new node

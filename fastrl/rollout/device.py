@@ -212,19 +212,19 @@ class DeviceDecoder:
         return placed, torch.tensor([b.length for b in branches], device=self._device)
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, positions: Tensor, where: Placed) -> Tensor:
+    def run(self, tokens: Tensor, positions: Tensor, layout: Placed) -> Tensor:
         """Final hidden states `[M, H]` of tokens `[M]` at positions `[M]`, both int64.
 
         Their keys and values are written where the table's rows end.
         """
         bucket = _bucket(len(tokens))
-        size, items = where.table.size, where.table.items
+        size, items = layout.table.size, layout.table.items
         key = (bucket, size, items)
         step = self._steps.get(key)
         if step is None:
-            step = _Step(bucket, where.table, self._workspace(size), self._device)
+            step = _Step(bucket, layout.table, self._workspace(size), self._device)
             self._steps[key] = step
-        step.load(tokens, positions, where)
+        step.load(tokens, positions, layout)
         if step.graph is not None:
             step.graph.replay()
         else:

@@ -11,7 +11,13 @@ from fastrl.kernels import Samples
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import generation
 from fastrl.rollout.cache import Branch
-from fastrl.rollout.decoder import Decoder, NativeRows, UnsupportedModel, fingerprint
+from fastrl.rollout.decoder import (
+    Decoder,
+    Decodes,
+    NativeRows,
+    UnsupportedModel,
+    fingerprint,
+)
 from fastrl.rollout.device import DeviceDecoder
 from fastrl.rollout.huggingface import HuggingFaceRows
 from fastrl.rollout.sampling import GroupLayout, GroupStop, Rollouts, SamplingParams
@@ -50,7 +56,7 @@ class RolloutEngine:
         self._version = 0
         self._seen = fingerprint(model)
         self._read: list[int] | None = None  # addresses of the parameters that _decoder reads
-        self._decoder: Decoder | DeviceDecoder | None = None
+        self._decoder: Decodes | None = None
 
     @property
     def weight_version(self) -> int:
@@ -67,7 +73,7 @@ class RolloutEngine:
         self._version += 1
 
     @torch.no_grad()
-    def _find_decoder(self) -> Decoder | DeviceDecoder | None:
+    def _find_decoder(self) -> Decodes | None:
         """The native decoder of the model as it is now, or None."""
         addresses = [address for address, _ in self._seen]
         if addresses == self._read:
@@ -75,7 +81,8 @@ class RolloutEngine:
         warned = self.fallback_reason is not None
         self._read, self._decoder, self.fallback_reason = addresses, None, None
         try:
-            decoder = (Decoder if self._device().type == "cpu" else DeviceDecoder)(self.model)
+            kind = Decoder if self._device().type == "cpu" else DeviceDecoder
+            decoder: Decodes = kind(self.model)
             self._check(decoder)
             self._decoder = decoder
         except UnsupportedModel as error:
@@ -88,7 +95,7 @@ class RolloutEngine:
                 )
         return self._decoder
 
-    def _check(self, decoder: Decoder | DeviceDecoder) -> None:
+    def _check(self, decoder: Decodes) -> None:
         """Compare with the model's own forward: a subclass or a hook may have changed it."""
         model = backbone(self.model)
         limits = CHECKED, lm_head(self.model).weight.shape[0], self._context() or CHECKED
@@ -247,16 +254,14 @@ class RolloutEngine:
         """
         return generation.draw(hidden, lm_head(self.model), sampling, seeds, positions)
 
-    def _native(self) -> Decoder | DeviceDecoder:
+    def _native(self) -> Decodes:
         _ = self.weight_version  # notices changed weights
         decoder = self._find_decoder()
         if decoder is None:
             raise RuntimeError(f"branches need the native decoder: {self.fallback_reason}")
         return decoder
 
-    def _start(
-        self, decoder: Decoder | DeviceDecoder | None, rows: list[list[int]]
-    ) -> generation.Rows:
+    def _start(self, decoder: Decodes | None, rows: list[list[int]]) -> generation.Rows:
         unique = [i for i in range(len(rows)) if i == 0 or rows[i] is not rows[i - 1]]
         copies = [b - a for a, b in zip(unique, [*unique[1:], len(rows)], strict=True)]
         prompts = [rows[i] for i in unique]
