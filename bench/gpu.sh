@@ -30,6 +30,8 @@ step test 240 "$python" -m pytest -m gpu -q $workers
 # Without torch.compile, which compiles anew in every shape's process.
 step bench 200 "$python" -m fastrl.bench logprob scan attention --device cuda \
   --against eager,torch,liger,cce,trl --json "$out/bench_gpu.json" --plot "$out/bench_gpu.png"
+step bench_attention 90 "$python" -m fastrl.bench.bench_attention_gpu \
+  --json "$out/bench_attention_gpu.json"
 step table_logprob 90 "$python" -m fastrl.bench.bench_logprob_gpu --table --rounds 3 \
   --json "$out/table_logprob_gpu.json"
 step tiles_logprob 40 "$python" -m fastrl.bench.bench_logprob_gpu --tiles --rounds 3 \

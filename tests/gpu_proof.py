@@ -2,6 +2,7 @@
 
 - ``run_python``: a snippet in a fresh process, for what is fixed at import (TRITON_INTERPRET,
   FASTRL_ISA, FASTRL_NATIVE).
+- ``round_bf16_when_interpreted``: makes Triton's interpreter round to bf16 as a GPU does.
 - ``compile_triton``: a Triton kernel ahead of time, with what it costs.
 - ``compile_cuda``: a .cu with nvcc, warnings as errors, with what each kernel costs.
 - ``build_on_host``, ``run_on_host``: a .cu built by g++ with tests/cuda_host, run under
@@ -74,6 +75,28 @@ def run_python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, f"{environment} exit {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def round_bf16_when_interpreted() -> None:
+    """From here on Triton's interpreter rounds float32 to bf16 where by itself it truncates.
+
+    The error of a kernel that rounds between two products is then that of a GPU.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(x: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        x = np.ascontiguousarray(x)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            floats = torch.from_numpy(x.view(np.float32))
+            return floats.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (x.view(np.uint16).astype(np.uint32) << 16).reshape(x.shape)
+        return convert(x, source, target, mode)
+
+    interpreter._convert_float = rounded
 
 
 def compile_triton(

@@ -204,7 +204,7 @@ def shared_attention(model: nn.Module) -> Iterator[None]:
             if checkpoint is not None:
                 changed.append((layer, checkpoint))
                 layer._gradient_checkpointing_func = _checkpointing(checkpoint, config)
-        with _implementation(config, NAME):
+        with implementation(config, NAME):
             yield
     finally:
         for layer, checkpoint in changed:
@@ -212,7 +212,7 @@ def shared_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _implementation(config: Any, name: str) -> Iterator[None]:
+def implementation(config: Any, name: str) -> Iterator[None]:
     before = config._attn_implementation
     config._attn_implementation = name
     try:
@@ -226,7 +226,7 @@ def _checkpointing(checkpoint: Callable, config: Any) -> Callable:
 
     def run(function: Callable, *args: Any) -> Any:
         def layer(*inputs: Any) -> Any:
-            with _implementation(config, NAME):
+            with implementation(config, NAME):
                 return function(*inputs)
 
         return checkpoint(layer, *args)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class UnsupportedModel(Exception):
     """Why a model cannot be decoded natively."""
 
 
-def _need(condition: bool, why: str) -> None:
+def need(condition: bool, why: str) -> None:
     if not condition:
         raise UnsupportedModel(why)
 
@@ -52,32 +52,32 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module):
-        _need(type(model) in FAMILIES, f"{type(model).__name__} is not one of the known families")
+        need(type(model) in FAMILIES, f"{type(model).__name__} is not one of the known families")
         self._inner = model.get_decoder()  # type: ignore[operator]
         self._config = c = self._inner.config
         embedding = self._inner.embed_tokens
         self._dtype = embedding.weight.dtype
         for name, p in self._inner.named_parameters():
-            _need(p.dtype == self._dtype, f"{name} is {p.dtype}, the embedding {self._dtype}")
-            _need(p.device.type == "cpu" and type(p) is nn.Parameter, f"{name} is no CPU tensor")
-            _need(p.dim() == 1 or p.stride(1) == 1, f"{name} is not stored row by row")
-        _need(
+            need(p.dtype == self._dtype, f"{name} is {p.dtype}, the embedding {self._dtype}")
+            need(p.device.type == "cpu" and type(p) is nn.Parameter, f"{name} is no CPU tensor")
+            need(p.dim() == 1 or p.stride(1) == 1, f"{name} is not stored row by row")
+        need(
             self._dtype in (torch.float32, torch.bfloat16, torch.float16),
             f"its parameters are {self._dtype}",
         )
         missing = unavailable("cpu", embedding.weight.device)
-        _need(missing is None, missing or "")
+        need(missing is None, missing or "")
         rope = c.rope_parameters["rope_type"]
-        _need(rope not in ("dynamic", "longrope"), f"its {rope} angles depend on the length")
-        _need(not getattr(c, "use_bidirectional_attention", False), "its attention is not causal")
+        need(rope not in ("dynamic", "longrope"), f"its {rope} angles depend on the length")
+        need(not getattr(c, "use_bidirectional_attention", False), "its attention is not causal")
         activation = getattr(c, "hidden_activation", None) or c.hidden_act
-        _need(activation in ACTIVATIONS, f"its activation is {activation}")
+        need(activation in ACTIVATIONS, f"its activation is {activation}")
 
         self._layers = self._inner.layers[: c.num_hidden_layers]
         self.head_size = self._layers[0].self_attn.head_dim
         self.kv_heads = c.num_key_value_heads
         even = c.hidden_size, c.intermediate_size, self.head_size
-        _need(all(n % 2 == 0 for n in even), "a size of it is odd")
+        need(all(n % 2 == 0 for n in even), "a size of it is odd")
         self._angles = (torch.empty(0), torch.empty(0))
         self._grow_angles(1)
         scale = getattr(embedding, "scalar_embed_scale", 1.0)
@@ -106,7 +106,7 @@ class Decoder:
             *(getattr(attention, f"{name}_proj") for name in "qkvo"),
             *(getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")),
         ]
-        _need(all(type(m) is nn.Linear for m in linears), "it has a projection of another type")
+        need(all(type(m) is nn.Linear for m in linears), "it has a projection of another type")
         # Gemma 2 calls the norm before its MLP differently, and has one after attention and MLP.
         extra = hasattr(layer, "pre_feedforward_layernorm")
         norms = (
@@ -138,7 +138,7 @@ class Decoder:
         count = max(256, 2 ** math.ceil(math.log2(positions)))
         like = torch.empty(0, dtype=self._dtype)
         both = self._inner.rotary_emb(like, torch.arange(count).unsqueeze(0))
-        _need(both[0].shape[-1] == self.head_size, "only a part of each head is rotated")
+        need(both[0].shape[-1] == self.head_size, "only a part of each head is rotated")
         half = self.head_size // 2
         # In the model's dtype, as the trainer's forward has them.
         self._angles = tuple(a[0, :, :half].float().contiguous() for a in both)
@@ -199,10 +199,20 @@ class Decoder:
         return branches
 
 
+class Decodes(Protocol):
+    """A decoder, on whatever device; its layouts are its own, from `place` to `run`."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]: ...
+
+    def place(self, branches: Sequence[Branch]) -> tuple[Any, Tensor]: ...
+
+    def run(self, tokens: Tensor, positions: Tensor, layout: Any) -> Tensor: ...
+
+
 class NativeRows:
     """Branches that step together; `hidden` `[M, H]` is where their last tokens left them."""
 
-    def __init__(self, decoder: Decoder, branches: list[Branch]):
+    def __init__(self, decoder: Decodes, branches: list[Branch]):
         self._decoder = decoder
         self._branches = branches
         self._room = 0  # steps until a branch needs a new node

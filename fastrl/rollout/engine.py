@@ -11,7 +11,14 @@ from fastrl.kernels import Samples
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import generation
 from fastrl.rollout.cache import Branch
-from fastrl.rollout.decoder import Decoder, NativeRows, UnsupportedModel, fingerprint
+from fastrl.rollout.decoder import (
+    Decoder,
+    Decodes,
+    NativeRows,
+    UnsupportedModel,
+    fingerprint,
+)
+from fastrl.rollout.device import DeviceDecoder
 from fastrl.rollout.huggingface import HuggingFaceRows
 from fastrl.rollout.sampling import GroupLayout, GroupStop, Rollouts, SamplingParams
 
@@ -22,9 +29,10 @@ CHECKED = 8  # tokens that the native decoder and Hugging Face's forward are com
 class RolloutEngine:
     """Generates groups of completions; the prompt of a group is prefilled once.
 
-    Llama, Mistral, Qwen2, Qwen3 and Gemma 2 on a CPU decode natively, on the parameters where they
-    lie, after one comparison with the model's own forward. Other models decode through that
-    forward, with one warning on a CPU; `fallback_reason` says why, and is None otherwise.
+    Llama, Mistral, Qwen2, Qwen3 and Gemma 2 decode natively, on the parameters where they lie,
+    after one comparison with the model's own forward: on a CPU in C++, on a GPU with Triton under
+    CUDA graphs. Other models decode through that forward, with one warning on a CPU;
+    `fallback_reason` says why, and is None otherwise.
 
     `weight_version` counts changes of the weights, and every batch of rollouts and every branch
     carries it. In-place writes to parameters and moves of them are noticed, and so is
@@ -48,7 +56,7 @@ class RolloutEngine:
         self._version = 0
         self._seen = fingerprint(model)
         self._read: list[int] | None = None  # addresses of the parameters that _decoder reads
-        self._decoder: Decoder | None = None
+        self._decoder: Decodes | None = None
 
     @property
     def weight_version(self) -> int:
@@ -65,7 +73,7 @@ class RolloutEngine:
         self._version += 1
 
     @torch.no_grad()
-    def _find_decoder(self) -> Decoder | None:
+    def _find_decoder(self) -> Decodes | None:
         """The native decoder of the model as it is now, or None."""
         addresses = [address for address, _ in self._seen]
         if addresses == self._read:
@@ -73,7 +81,8 @@ class RolloutEngine:
         warned = self.fallback_reason is not None
         self._read, self._decoder, self.fallback_reason = addresses, None, None
         try:
-            decoder = Decoder(self.model)
+            kind = Decoder if self._device().type == "cpu" else DeviceDecoder
+            decoder: Decodes = kind(self.model)
             self._check(decoder)
             self._decoder = decoder
         except UnsupportedModel as error:
@@ -86,17 +95,19 @@ class RolloutEngine:
                 )
         return self._decoder
 
-    def _check(self, decoder: Decoder) -> None:
+    def _check(self, decoder: Decodes) -> None:
         """Compare with the model's own forward: a subclass or a hook may have changed it."""
         model = backbone(self.model)
         limits = CHECKED, lm_head(self.model).weight.shape[0], self._context() or CHECKED
         ids = list(range(min(limits)))
         was_training = self.model.training
         self.model.eval()
-        want = model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
+        tokens = torch.tensor([ids], device=self._device())
+        want = model(input_ids=tokens, use_cache=False).last_hidden_state[0, -1]
         self.model.train(was_training)
-        got = decoder.prefill([ids], 0)[0].hidden
-        gap = (got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1.0)  # type: ignore[union-attr]
+        where, positions = decoder.place(decoder.prefill([ids[:-1]], 0))
+        got = decoder.run(tokens[0, -1:], positions, where)[0]
+        gap = (got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1.0)
         if not gap < (1e-3 if want.dtype == torch.float32 else 5e-2):
             raise UnsupportedModel(f"its hidden states differ from the native ones by {gap:.2g}")
 
@@ -243,14 +254,14 @@ class RolloutEngine:
         """
         return generation.draw(hidden, lm_head(self.model), sampling, seeds, positions)
 
-    def _native(self) -> Decoder:
+    def _native(self) -> Decodes:
         _ = self.weight_version  # notices changed weights
         decoder = self._find_decoder()
         if decoder is None:
             raise RuntimeError(f"branches need the native decoder: {self.fallback_reason}")
         return decoder
 
-    def _start(self, decoder: Decoder | None, rows: list[list[int]]) -> generation.Rows:
+    def _start(self, decoder: Decodes | None, rows: list[list[int]]) -> generation.Rows:
         unique = [i for i in range(len(rows)) if i == 0 or rows[i] is not rows[i - 1]]
         copies = [b - a for a, b in zip(unique, [*unique[1:], len(rows)], strict=True)]
         prompts = [rows[i] for i in unique]

@@ -19,7 +19,8 @@ from torch import Tensor
 from fastrl.kernels.attention.layout import GroupLayout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MODULES = {"cpu": "cpu"}  # of each implementation
+WIDEST = 256  # head size of the GPU's kernels
+MODULES = {"cpu": "cpu", "triton": "triton_launch"}  # of each implementation
 
 
 class Problem(NamedTuple):

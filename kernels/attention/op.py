@@ -8,7 +8,7 @@ from fastrl.kernels.attention.layout import GroupLayout
 from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
-HAS: tuple[str, ...] = ("cpu",)
+HAS: tuple[str, ...] = ("cpu", "triton")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout) -> None:
@@ -69,7 +69,8 @@ def shared_prefix_attention(
     the dtype of q, and with `return_lse` also the logsumexp of s_i, `[T, Hq]` float32 in nats;
     both differentiable. Under autocast the inputs are cast, as torch's own attention does.
     Raises `ValueError` for shapes, dtypes, layouts or values that do not fit and for an
-    unavailable `impl`.
+    unavailable `impl`; on a GPU the contents of a layout are not read back, and wrong ones go
+    unnoticed. There heads of more than 256 run on the reference.
     """
     device = q.device.type
     if torch.is_autocast_enabled(device):
@@ -83,7 +84,8 @@ def shared_prefix_attention(
         raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1, or None for no window")
-    if impl == "auto" and q.dtype == torch.float64:
+    too_wide = q.is_cuda and q.shape[2] > library.WIDEST
+    if impl == "auto" and (q.dtype == torch.float64 or too_wide):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
     chosen = choose("shared_prefix_attention", impl, q.device, HAS)
     with torch.autocast(device, enabled=False):
