@@ -22,8 +22,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import RolloutEngine, SamplingParams, generation
-from fastrl.rollout.decoder import Decoder, NativeRows
+from fastrl.rollout.decoder import Decoder
 from fastrl.rollout.huggingface import HuggingFaceRows
+from fastrl.rollout.native import NativeRows
 
 COMMON = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "tie_word_embeddings": True}
 TINY = {

@@ -25,17 +25,17 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 class Attention {
  public:
-  Attention(const DecodeModel& m, const DecodeArgs& a, int threads)
+  Attention(const DecodeModel& m, const DecodeArgs& a, Arena& arena, int threads)
       : m_(m),
         a_(a),
         threads_(threads),
         depth_(round_up(m.head_size, kLanes)),
         group_(m.heads / m.kv_heads),
         first_part_(plan()),
-        query_(a.rows * m.heads * depth_),
-        out_(first_part_[a.rows] * m.heads * depth_),
-        max_(first_part_[a.rows] * m.heads),
-        sum_(first_part_[a.rows] * m.heads) {}
+        query_(arena, a.rows * m.heads * depth_),
+        out_(arena, first_part_[a.rows] * m.heads * depth_),
+        max_(arena, first_part_[a.rows] * m.heads),
+        sum_(arena, first_part_[a.rows] * m.heads) {}
 
   // The scaled query of a row and head, round_up(D, kLanes) floats.
   float* query(int64_t row, int64_t head) const {
@@ -412,8 +412,8 @@ class Attention {
   std::vector<Item> items_;
   int64_t most_keys_ = 0;
   std::vector<int64_t> first_part_;  // of each row
-  Buffer<float> query_;              // [M, Hq, depth]
-  Buffer<float> out_, max_, sum_;    // [parts, Hq] and depth
+  Borrowed<float> query_;               // [M, Hq, depth]
+  Borrowed<float> out_, max_, sum_;     // [parts, Hq] and depth
 };
 
 }  // namespace

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fastrl.kernels import GroupLayout
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -57,15 +59,6 @@ GroupStop = Callable[[Group], bool | Sequence[bool]]
 
 
 @dataclass(frozen=True)
-class GroupLayout:
-    """Lengths of groups `prompt | c_1 | ... | c_G`, each c following the prompt."""
-
-    prompt_lengths: tuple[int, ...]
-    completion_lengths: tuple[int, ...]
-    group_size: int
-
-
-@dataclass(frozen=True)
 class Rollouts:
     """B = prompts x group_size completions, groups next to each other.
 
@@ -73,7 +66,8 @@ class Rollouts:
     with 0; completion_mask `[B, T]` bool, true up to and including the stop token; logprobs `[B,
     T]` float32 of the distribution sampled from, untruncated_logprobs of the one before top-k,
     top-p and min-p (equal without them); finish_reason "stop", "length", or "pruned" where
-    `group_stop` ended it; weight_version: the weights' version at sampling.
+    `group_stop` ended it; layout: the groups packed as `prompt | c_1 | ... | c_G`; weight_version: the
+    weights' version at sampling.
     """
 
     prompt_ids: list[list[int]]
