@@ -1,6 +1,7 @@
 """Rollouts from a vLLM server, against a stand-in on loopback that samples from real weights."""
 
 import copy
+import json
 import time
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from vllm_server import break_off, drop, hang, serving, status, trickle
 
+from fastrl import train
 from fastrl.models import add_lora, completion_logprobs
 from fastrl.rollout import RolloutEngine, SamplingParams, ServerError, VllmEngine
 
@@ -299,3 +301,14 @@ def test_the_key_is_sent_and_progress_shown(server, model, tokenizer, tmp_path, 
     out = engine.generate([[4, 5]], 2, SAMPLING, progress=True)
     assert server.keys == {"Bearer k"} and out.prompt_ids == [[4, 5]] * 2
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_recipe_names_the_server(server, recipe, tmp_path):
+    recipe["rollout"] = {"server": server.url, "weights": str(tmp_path / "w")}
+    del recipe["stages"]["sft"]
+    server.engine = None  # until weights come
+    folder = train.run(train.Config(**recipe), out=str(tmp_path / "run"))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    mismatch = [value for step in steps for key, value in step.items() if "mismatch" in key]
+    assert mismatch and max(map(abs, mismatch)) < 1e-4
+    assert len(asked(server, "/collective_rpc")) >= 3

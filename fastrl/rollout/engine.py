@@ -145,7 +145,7 @@ class RolloutEngine:
                 )
         finally:
             self.model.train(was_training)
-        return completions.rollouts(request, version)
+        return completions.rollouts(request, version, self._device())
 
     @torch.no_grad()
     def prefill(self, prompt: str | Sequence[int]) -> Branch:

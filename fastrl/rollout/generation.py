@@ -122,19 +122,20 @@ class Completions:
         """Rows end, after `count` tokens each."""
         self.count[rows], self.reason[rows], self.ended[rows] = count, reason, True
 
-    def rollouts(self, request: Request, weight_version: int) -> Rollouts:
-        """The same as an engine returns it."""
+    def rollouts(self, request: Request, weight_version: int, device: torch.device) -> Rollouts:
+        """The same as an engine returns it, on a device."""
         steps = int(self.count.max())
         counts = self.count.view(-1, request.group_size)
+        mask = torch.arange(steps, device=counts.device) < self.count.unsqueeze(-1)
         return Rollouts(
             prompt_ids=[ids for ids in request.prompts for _ in range(request.group_size)],
-            completion_ids=self.tokens[:, :steps].contiguous(),
-            completion_mask=torch.arange(steps, device=counts.device) < self.count.unsqueeze(-1),
-            logprobs=self.logprobs[:, :steps].contiguous(),
-            untruncated_logprobs=self.untruncated[:, :steps].contiguous(),
+            completion_ids=self.tokens[:, :steps].contiguous().to(device),
+            completion_mask=mask.to(device),
+            logprobs=self.logprobs[:, :steps].contiguous().to(device),
+            untruncated_logprobs=self.untruncated[:, :steps].contiguous().to(device),
             finish_reason=[REASONS[r] for r in self.reason.tolist()],
             layout=GroupLayout.from_lengths(
-                [len(ids) for ids in request.prompts], counts.tolist(), counts.device
+                [len(ids) for ids in request.prompts], counts.tolist(), device
             ),
             weight_version=weight_version,
         )

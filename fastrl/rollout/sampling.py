@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrl.kernels import GroupLayout
 
@@ -87,3 +88,25 @@ class Rollouts:
                 self.completion_ids.tolist(), self.layout.completion_lengths, strict=True
             )
         ]
+
+
+class Engine(Protocol):
+    """What a trainer asks of an engine; `RolloutEngine.generate` says what the arguments mean."""
+
+    model: nn.Module
+
+    @property
+    def weight_version(self) -> int: ...
+
+    def weights_changed(self) -> None: ...
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        group_size: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: Sequence[int] | None = None,
+        group_stop: GroupStop | None = None,
+        progress: bool = False,
+    ) -> Rollouts: ...

@@ -135,7 +135,7 @@ class VllmEngine:
         if self._update == "sleep":
             self._server.post("/sleep?level=2", timeout=self._update_timeout, repeat=False)
             self._asleep = True
-        return out.rollouts(request, version)
+        return out.rollouts(request, version, lm_head(self.model).weight.device)
 
     def _collect(self, name: str, request: Request, progress: Any) -> Completions:
         size = request.group_size

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrl import losses
 from fastrl.models import completion_logprobs, group_logprobs, group_rows
 from fastrl.reward import RewardFunction, score_completions
-from fastrl.rollout import RolloutEngine, Rollouts, SamplingParams
+from fastrl.rollout import Engine, Rollouts, SamplingParams
 from fastrl.train.config import GRPO, SFT, Reward
 from fastrl.train.data import Example, batch_indices
 
@@ -154,7 +154,7 @@ def grpo_batch(
     step: int,
     seed: int,
     max_completion_length: int,
-    engine: RolloutEngine,
+    engine: Engine,
     rewards: RewardSum,
     tokenizer: PreTrainedTokenizerBase,
     reference: nn.Module | None,
