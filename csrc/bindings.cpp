@@ -149,7 +149,8 @@ void linear_sample_cpu(const SampleArgs& args, int threads) {
 void use_huge_pages(Address memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr Address kPage = 2 << 20;
-  const Address begin = (memory + kPage - 1) / kPage * kPage, end = (memory + bytes) / kPage * kPage;
+  const Address begin = (memory + kPage - 1) / kPage * kPage,
+                end = (memory + bytes) / kPage * kPage;
   if (begin < end) {
     madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
   }

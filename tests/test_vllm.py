@@ -89,9 +89,7 @@ def test_weights_are_handed_over_when_they_change(engine, server, model, tmp_pat
         for _ in range(2):
             out = engine.generate(PROMPTS, 2, SAMPLING)
             assert out.weight_version == engine.weight_version == version
-        again = completion_logprobs(
-            model, out.prompt_ids, out.completion_ids, out.completion_mask
-        )
+        again = completion_logprobs(model, out.prompt_ids, out.completion_ids, out.completion_mask)
         assert (again.logprob - out.logprobs)[out.completion_mask].abs().max() < 1e-5
     loads = asked(server, "/collective_rpc")
     assert len(loads) == 3 and len({body["kwargs"]["weights_path"] for body in loads}) == 3
@@ -149,9 +147,7 @@ def test_an_older_server_names_tokens_in_its_log_probs(model, tokenizer, tmp_pat
         server.change = older
         engine = VllmEngine(model, tokenizer, server=server.url, weights=tmp_path)
         out = engine.generate(PROMPTS, 2, SAMPLING)
-        again = completion_logprobs(
-            model, out.prompt_ids, out.completion_ids, out.completion_mask
-        )
+        again = completion_logprobs(model, out.prompt_ids, out.completion_ids, out.completion_mask)
         assert (again.logprob - out.logprobs)[out.completion_mask].abs().max() < 1e-5
 
 

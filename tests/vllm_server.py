@@ -1,4 +1,4 @@
-"""A stand-in for a vLLM server on loopback: the endpoints that `VllmEngine` uses, on a real model."""
+"""A stand-in for a vLLM server on loopback: what `VllmEngine` asks of one, on a real model."""
 
 import json
 import threading

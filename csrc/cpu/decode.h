@@ -61,10 +61,10 @@ struct DecodeArgs {
 
 using DecodeScratch = std::vector<Arena>;  // kept from call to call, used by one at a time
 
-#define FASTRL_DECLARE_DECODE(isa)                                                     \
-  namespace isa {                                                                      \
+#define FASTRL_DECLARE_DECODE(isa)                                                      \
+  namespace isa {                                                                       \
   void decode(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch, \
-              int threads);                                                            \
+              int threads);                                                             \
   }
 FASTRL_FOR_EACH_ISA(FASTRL_DECLARE_DECODE)
 

@@ -201,6 +201,21 @@ inline Vec inverse_rms(const float* x, int64_t n, int64_t stride, float eps) {
   return inverse;
 }
 
+template <int Block, int... J>
+inline Vec swapped(Vec x, std::integer_sequence<int, J...>) {
+  return shuffle(x, x, std::integer_sequence<int, (J ^ Block)...>());
+}
+
+// Lanes folded pair by pair, then pairs of pairs, ...; the result is in each lane.
+template <int Block = 1, class Join>
+inline Vec fold(Vec x, const Join& join) {
+  if constexpr (Block < kLanes) {
+    const Vec y = swapped<Block>(x, std::make_integer_sequence<int, kLanes>());
+    return fold<2 * Block>(join(x, y), join);
+  }
+  return x;
+}
+
 // Lane i: the sum over the lanes of x[i].
 template <int Block = 1>
 inline Vec sums_of(Vec (&x)[kLanes]) {

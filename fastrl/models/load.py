@@ -133,9 +133,7 @@ def add_lora(
         return get_peft_model(model, config)
 
 
-def save_pretrained(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path
-) -> None:
+def save_pretrained(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write model and tokenizer in Hugging Face format.
 
     LoRA adapters are saved beside the merged model.

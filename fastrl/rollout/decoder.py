@@ -28,7 +28,7 @@ FAMILIES = (
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
 PREFILL_ROWS = 256  # in one call, and fewer where their attention would hold more floats than
 PREFILL_FLOATS = 16 << 20
-SLAB_BYTES = 4 << 20  # of nodes allocated together: a row that goes on alone keeps so much
+SLAB_BYTES = 16 << 20  # of nodes allocated together: a row that goes on alone keeps so much
 
 
 class UnsupportedModel(Exception):
@@ -158,9 +158,7 @@ class Decoder:
         return slab.unbind()
 
     @torch.no_grad()
-    def run(
-        self, tokens: Tensor, positions: Tensor, layout: Layout, scratch: Any = None
-    ) -> Tensor:
+    def run(self, tokens: Tensor, positions: Tensor, layout: Layout, scratch: Any = None) -> Tensor:
         """Final hidden states `[M, H]` of tokens `[M]` at positions `[M]`, both int64.
 
         Their keys and values are written where the layout's rows end. Steps that follow one

@@ -66,7 +66,7 @@ class Ending:
     group_stop: GroupStop | None
 
     def strings(self, tokens: Tensor, count: Tensor, stop: Sequence[str]) -> Tensor:
-        """Which rows of tokens `[M, T]`, count `[M]` of each, end in a stop string just completed."""
+        """Which rows of tokens `[M, T]`, `[M]` of each, end in a stop string just completed."""
         reach = max(len(s) for s in stop) + 8
         at = count.unsqueeze(-1) - torch.arange(reach, 0, -1, device=count.device)
         window = tokens.gather(1, at.clamp(min=0)).tolist()
@@ -86,9 +86,7 @@ class Ending:
         finished = ended.tolist()
         if all(finished):
             return torch.zeros_like(ended)
-        completions = [
-            row[:n] for row, n in zip(tokens.tolist(), count.tolist(), strict=True)
-        ]
+        completions = [row[:n] for row, n in zip(tokens.tolist(), count.tolist(), strict=True)]
         answer = self.group_stop(Group(group, completions, finished))  # type: ignore[misc]
         if isinstance(answer, bool):
             return ~ended if answer else torch.zeros_like(ended)

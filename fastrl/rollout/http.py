@@ -1,5 +1,6 @@
 """JSON over HTTP, with a time-out on the whole of each exchange."""
 
+import contextlib
 import json
 import socket
 import ssl
@@ -98,10 +99,8 @@ class JsonServer:
 
         def expire() -> None:
             late.set()
-            try:
+            with contextlib.suppress(OSError):  # closed by the other side meanwhile
                 peer.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # closed by the other side meanwhile
 
         timer = threading.Timer(max(0.0, timeout - (time.monotonic() - start)), expire)
         timer.daemon = True

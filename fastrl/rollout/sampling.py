@@ -67,8 +67,8 @@ class Rollouts:
     with 0; completion_mask `[B, T]` bool, true up to and including the stop token; logprobs `[B,
     T]` float32 of the distribution sampled from, untruncated_logprobs of the one before top-k,
     top-p and min-p (equal without them); finish_reason "stop", "length", or "pruned" where
-    `group_stop` ended it; layout: the groups packed as `prompt | c_1 | ... | c_G`; weight_version: the
-    weights' version at sampling.
+    `group_stop` ended it; layout: the groups packed as `prompt | c_1 | ... | c_G`;
+    weight_version: the weights' version at sampling.
     """
 
     prompt_ids: list[list[int]]
