@@ -12,7 +12,8 @@ from fastrl.bench.bench_rollout import build, weights
 from fastrl.bench.race import Race, Variant, Work, relative, within
 from fastrl.kernels import native
 from fastrl.models import backbone
-from fastrl.rollout.decoder import Decoder, NativeRows
+from fastrl.rollout.decoder import Decoder
+from fastrl.rollout.native import NativeRows
 
 PREFILL, STEP = "prefill", "step"
 
@@ -22,9 +23,9 @@ class Native:
 
     def __init__(self, model, prompt, group):
         self.decoder, self.prompt = Decoder(model), prompt
-        root = self.decoder.prefill([prompt], 0)[0]
-        self.hidden = root.hidden
-        self.rows = NativeRows(self.decoder, [root.fork() for _ in range(group)])
+        self.rows = NativeRows(self.decoder, 0)
+        self.rows.add([prompt], [group])
+        self.hidden = self.rows.hidden[0]
 
     def prefill(self):
         return self.decoder.prefill([self.prompt], 0)

@@ -13,6 +13,7 @@ from fastrl.bench.race import Race, Variant, Verdict, Work, within
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import RolloutEngine, SamplingParams, generation
 from fastrl.rollout.huggingface import HuggingFaceRows
+from fastrl.rollout.request import Request
 
 COMMON = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "tie_word_embeddings": True}
 TINY = {
@@ -72,16 +73,14 @@ class Case:
 
     @torch.no_grad()
     def prefill_once(self, temperature=1.0):
-        model = backbone(self.model)
-        rows = HuggingFaceRows(
-            model, self.ids.device, self.prompts, [self.group] * len(self.prompts)
-        )
+        rows = HuggingFaceRows(backbone(self.model), self.ids.device)
         sampling = SamplingParams(temperature, max_new_tokens=self.tokens)
+        limits = [self.tokens] * len(self.prompts)
+        request = Request(self.prompts, limits, self.group, sampling, [])
         ending = generation.Ending([], None, self.group, None)
-        limits = torch.full((len(self.ids),), self.tokens)
         return generation.generate(
-            rows, lm_head(self.model), sampling, 0, limits, ending, lambda *_: None
-        )[0]
+            rows, lm_head(self.model), request, ending, len(self.ids), lambda *_: None
+        ).tokens
 
     def generate(self, temperature=1.0):
         out = self.model.generate(

@@ -2,6 +2,7 @@
 // side (kernels/<family>/op.py) has checked device, dtype, shape and contiguity before.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include "cpu/attention.h"
 #include "cpu/decode.h"
@@ -147,8 +148,28 @@ void linear_sample_cpu(const SampleArgs& args, int threads) {
   FASTRL_DISPATCH(linear_sample, args, threads)
 }
 
-void decode_cpu(const DecodeModel& model, const DecodeArgs& args,
-                int threads){FASTRL_DISPATCH(decode, model, args, threads)}
+// Asks for huge pages where memory covers them whole; a wish, which the system may not grant.
+void use_huge_pages(Address memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr Address kPage = 2 << 20;
+  const Address begin = (memory + kPage - 1) / kPage * kPage,
+                end = (memory + bytes) / kPage * kPage;
+  if (begin < end) {
+    madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#else
+  static_cast<void>(memory);
+  static_cast<void>(bytes);
+#endif
+}
+
+// pybind11's stl.h would copy a bare vector.
+struct DecodeScratch {
+  fastrl::DecodeScratch arenas;
+};
+
+void decode_cpu(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch,
+                int threads){FASTRL_DISPATCH(decode, model, args, scratch.arenas, threads)}
 
 DecodeLinear
     decode_linear(Address weight, int64_t rows, int64_t depth, int64_t stride, Address bias) {
@@ -410,6 +431,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<DecodeLayer>(m, "decode_layer").def(py::init(&decode_layer));
   py::class_<DecodeModel>(m, "decode_model").def(py::init(&decode_model));
   py::class_<DecodeArgs>(m, "decode_args").def(py::init(&decode_args));
+
+  m.def("use_huge_pages", &use_huge_pages);
+  py::class_<DecodeScratch>(m, "decode_scratch").def(py::init<>());
 
   m.def("decode_cpu", &decode_cpu, release());
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());

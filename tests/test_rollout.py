@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 
-from fastrl.kernels import native
+from fastrl.kernels import GroupLayout, native
 from fastrl.models import add_lora, completion_logprobs
-from fastrl.rollout import RolloutEngine, SamplingParams
+from fastrl.rollout import RolloutEngine, SamplingParams, generation
 
 PROMPTS = ["1+2=", "12 - 7=", "3", "45 + 45 - 1="]
 
@@ -171,6 +171,38 @@ def test_groups_stay_whole_within_max_rows(model, tokenizer):
     got = RolloutEngine(model, tokenizer, max_rows=15).generate(PROMPTS, 6, sampling, **stop)
     assert got.completion_lists() == want.completion_lists()
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+
+
+def test_waiting_groups_take_the_places_of_finished_rows(model, tokenizer, monkeypatch):
+    sampling = SamplingParams(max_new_tokens=12, seed=4)
+    prompts, limits = PROMPTS * 3, [12, 1, 3, 2] * 3
+    want = RolloutEngine(model, tokenizer).generate(prompts, 2, sampling, max_new_tokens=limits)
+    sizes = []
+    draw = generation.draw
+
+    def watched(hidden, *args):
+        sizes.append(len(hidden))
+        return draw(hidden, *args)
+
+    monkeypatch.setattr(generation, "draw", watched)
+    engine = RolloutEngine(model, tokenizer, max_rows=5)
+    got = engine.generate(prompts, 2, sampling, max_new_tokens=limits)
+    assert torch.equal(got.completion_ids, want.completion_ids)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+    assert got.finish_reason == want.finish_reason and got.prompt_ids == want.prompt_ids
+    assert sum(sizes) == sum(got.layout.completion_lengths) and max(sizes) <= 5
+    if engine.fallback_reason is None:  # else one batch after the other
+        assert len(sizes) < 6 * max(got.layout.completion_lengths[0::8])
+
+
+def test_layout_is_what_the_kernels_take(engine):
+    out = engine.generate(PROMPTS, 3, SamplingParams(max_new_tokens=9, seed=1))
+    assert isinstance(out.layout, GroupLayout)
+    out.layout.check(sum(out.layout.prompt_lengths) + int(out.completion_mask.sum()))
+    ragged = GroupLayout.from_lengths([4, 2], [[1, 2], [3]])
+    assert ragged.prompt_lengths == (4, 2) and ragged.completion_lengths == (1, 2, 3)
+    with pytest.raises(ValueError, match=r"no size in common, but \[1, 2\]"):
+        _ = ragged.group_size
 
 
 def test_progress(engine, capsys):

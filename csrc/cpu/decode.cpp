@@ -14,7 +14,7 @@ constexpr int64_t kWorthWaking = 64 << 10;  // numbers to normalize, for another
 template <class Kind>
 class Decoder {
  public:
-  Decoder(const DecodeModel& m, const DecodeArgs& a, int threads)
+  Decoder(const DecodeModel& m, const DecodeArgs& a, Arena& arena, int threads)
       : m_(m),
         a_(a),
         threads_(threads),
@@ -22,12 +22,12 @@ class Decoder {
         depth_(round_up(m.head_size, kLanes)),
         projected_((m.heads + 2 * m.kv_heads) * m.head_size),
         inner_(m.layers[0].gate.rows),
-        attention_(m, a, threads),
-        x_(lanes_.panels() * m.width * kPanel),
-        y_(lanes_.panels() * std::max(projected_, m.width) * kPanel),
-        angles_(lanes_.panels() * m.head_size * kPanel),
-        input_(lanes_, std::max(m.width, m.heads * m.head_size)),
-        gated_(lanes_, inner_) {}
+        attention_(m, a, arena, threads),
+        x_(arena, lanes_.panels() * m.width * kPanel),
+        y_(arena, lanes_.panels() * std::max(projected_, m.width) * kPanel),
+        angles_(arena, lanes_.panels() * m.head_size * kPanel),
+        input_(arena, lanes_, std::max(m.width, m.heads * m.head_size)),
+        gated_(arena, lanes_, inner_) {}
 
   void run() {
     begin();
@@ -50,7 +50,9 @@ class Decoder {
   // Rows of the embedding, and of the table of angles.
   void begin() {
     const int64_t half = m_.head_size / 2;
-    std::memset(x_.get(), 0, lanes_.panels() * m_.width * kPanel * 4);
+    if (!lanes_.full()) {
+      std::memset(x_.get(), 0, lanes_.panels() * m_.width * kPanel * 4);
+    }
     parallel_for(lanes_.count(), threads_, [&](int64_t v) {
       Buffer<float> rows(kLanes * round_up(m_.width, kLanes));
       const float *row[kLanes], *cosine[kLanes], *sine[kLanes];
@@ -111,15 +113,15 @@ class Decoder {
       const int64_t before[] = {0, q, k};
       const int64_t first[] = {0, layer.q.rows, layer.q.rows + layer.k.rows};
       BlockProduct<Kind> product(*weights[which], m_.type);
-      Buffer<float> z(kBlock * kPanel);
+      alignas(64) float z[kBlock * kPanel];
       tasks[which].run(
           task - before[which], [&](int64_t r0, int n) { product.take(r0, n); },
           [&](int64_t r0, int n, int64_t p) {
-            product.with(input_.panel(p, m_.width), lanes_.vectors(p), z.get());
+            product.with(input_.panel(p, m_.width), lanes_.vectors(p), z);
             float* to = y_.get() + (p * projected_ + first[which] + r0) * kPanel;
             for (int r = 0; r < n; ++r) {
               for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
-                store(to + r * kPanel + j, load(z.get() + r * kPanel + j));
+                store(to + r * kPanel + j, load(z + r * kPanel + j));
               }
             }
           });
@@ -203,15 +205,15 @@ class Decoder {
     float* const sum = norm ? y_.get() : x_.get();
     parallel_for(tasks.count(), threads_, [&](int64_t task) {
       BlockProduct<Kind> product(w, m_.type);
-      Buffer<float> z(kBlock * kPanel);
+      alignas(64) float z[kBlock * kPanel];
       tasks.run(
           task, [&](int64_t r0, int n) { product.take(r0, n); },
           [&](int64_t r0, int n, int64_t p) {
-            product.with(from.panel(p, w.depth), lanes_.vectors(p), z.get());
+            product.with(from.panel(p, w.depth), lanes_.vectors(p), z);
             float* to = sum + (p * m_.width + r0) * kPanel;
             for (int r = 0; r < n; ++r) {
               for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
-                const Vec y = load(z.get() + r * kPanel + j);
+                const Vec y = load(z + r * kPanel + j);
                 store(to + r * kPanel + j, norm ? y : load(to + r * kPanel + j) + y);
               }
             }
@@ -235,7 +237,7 @@ class Decoder {
     const BlockTasks tasks(lanes_, inner_, threads_);
     parallel_for(tasks.count(), threads_, [&](int64_t task) {
       BlockProduct<Kind> gate(layer.gate, m_.type), up(layer.up, m_.type);
-      Buffer<float> g(kBlock * kPanel), u(kBlock * kPanel);
+      alignas(64) float g[kBlock * kPanel], u[kBlock * kPanel];
       tasks.run(
           task,
           [&](int64_t r0, int n) {
@@ -244,13 +246,13 @@ class Decoder {
           },
           [&](int64_t r0, int n, int64_t p) {
             const auto* from = input_.panel(p, m_.width);
-            gate.with(from, lanes_.vectors(p), g.get());
-            up.with(from, lanes_.vectors(p), u.get());
+            gate.with(from, lanes_.vectors(p), g);
+            up.with(from, lanes_.vectors(p), u);
             for (int j = 0; j < lanes_.vectors(p); ++j) {
               const auto product = [&](int r) {
                 const int64_t at = r * kPanel + j * kLanes;
-                const Vec x = load(g.get() + at);
-                return (m_.gelu ? gelu(x) : silu(x)) * load(u.get() + at);
+                const Vec x = load(g + at);
+                return (m_.gelu ? gelu(x) : silu(x)) * load(u + at);
               };
               auto* to = gated_.panel(p, inner_) + j * kLanes;
               for (int r = 0; r < n; r += 2) {
@@ -285,21 +287,76 @@ class Decoder {
   const Lanes lanes_;
   const int64_t depth_, projected_, inner_;
   Attention attention_;
-  Buffer<float> x_;       // [panel][H][kPanel], the residual stream
-  Buffer<float> y_;       // what products leave
-  Buffer<float> angles_;  // [panel][D][kPanel]: cosines, then sines
+  Borrowed<float> x_;       // [panel][H][kPanel], the residual stream
+  Borrowed<float> y_;       // what products leave
+  Borrowed<float> angles_;  // [panel][D][kPanel]: cosines, then sines
   Operand<Kind> input_, gated_;
 };
 
+// Whether no row reads what a row of another panel writes in this call, as the tokens of a prompt
+// do: the writer of each segment is found in one panel.
+bool panels_are_apart(const DecodeArgs& a) {
+  std::vector<int64_t> writer;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const int64_t s = a.chain[a.chain_begin[row + 1] - 1];
+    writer.resize(std::max<int64_t>(writer.size(), s + 1), -1);
+    if (writer[s] >= 0 && writer[s] != row / kPanel) {
+      return false;
+    }
+    writer[s] = row / kPanel;
+  }
+  return true;
+}
+
+constexpr int64_t kSmallLayer = 2 << 20;  // bytes of weights that a core keeps near
+
+// Panels, each through all layers on one thread, where that leaves none idle: of a small model a
+// layer's stages take less time than threads need to meet after each. Of a large one the threads
+// share each stage, so that its weights are read from memory once.
+bool worth_splitting(const DecodeModel& m, const DecodeArgs& a, int threads) {
+  const Lanes lanes{a.rows};
+  const DecodeLayer& l = m.layers[0];
+  int64_t weights = 0;
+  for (const DecodeLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) {
+    weights += w->rows * w->depth;
+  }
+  const int64_t turns = ceil_div(lanes.panels(), threads);
+  return threads > 1 && 4 * lanes.panels() >= 3 * turns * threads &&
+         weights * bytes(m.type) <= kSmallLayer && panels_are_apart(a);
+}
+
+template <class Kind>
+void decode_as(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch,
+               int threads) {
+  const bool split = worth_splitting(model, args, threads);
+  const int64_t parts = split ? Lanes{args.rows}.panels() : 1;
+  if (static_cast<int64_t>(scratch.size()) < parts) {
+    scratch.resize(parts);
+  }
+  parallel_for(parts, threads, [&](int64_t part) {
+    DecodeArgs some = args;
+    if (split) {
+      const int64_t first = part * kPanel;
+      some.rows = std::min<int64_t>(kPanel, args.rows - first);
+      some.tokens += first;
+      some.positions += first;
+      some.chain_begin += first;
+      some.hidden = static_cast<char*>(args.hidden) + first * model.width * bytes(model.type);
+    }
+    scratch[part].reset();
+    Decoder<Kind>(model, some, scratch[part], split ? 1 : threads).run();
+  });
+}
+
 }  // namespace
 
-void decode(const DecodeModel& model, const DecodeArgs& args, int threads) {
+void decode(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch, int threads) {
 #ifdef FASTRL_PAIRS
   if (model.type == Float::bf16) {
-    return Decoder<Pairs>(model, args, threads).run();
+    return decode_as<Pairs>(model, args, scratch, threads);
   }
 #endif
-  Decoder<Floats>(model, args, threads).run();
+  decode_as<Floats>(model, args, scratch, threads);
 }
 
 }  // namespace FASTRL_ISA

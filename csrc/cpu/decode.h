@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "arena.h"
 #include "float.h"
 #include "isa.h"
 
@@ -58,9 +59,12 @@ struct DecodeArgs {
   void* hidden;                            // [M, H] after the final norm, in the model's type
 };
 
-#define FASTRL_DECLARE_DECODE(isa)                                            \
-  namespace isa {                                                             \
-  void decode(const DecodeModel& model, const DecodeArgs& args, int threads); \
+using DecodeScratch = std::vector<Arena>;  // kept from call to call, used by one at a time
+
+#define FASTRL_DECLARE_DECODE(isa)                                                      \
+  namespace isa {                                                                       \
+  void decode(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch, \
+              int threads);                                                             \
   }
 FASTRL_FOR_EACH_ISA(FASTRL_DECLARE_DECODE)
 

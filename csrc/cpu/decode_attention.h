@@ -25,17 +25,17 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 class Attention {
  public:
-  Attention(const DecodeModel& m, const DecodeArgs& a, int threads)
+  Attention(const DecodeModel& m, const DecodeArgs& a, Arena& arena, int threads)
       : m_(m),
         a_(a),
         threads_(threads),
         depth_(round_up(m.head_size, kLanes)),
         group_(m.heads / m.kv_heads),
         first_part_(plan()),
-        query_(a.rows * m.heads * depth_),
-        out_(first_part_[a.rows] * m.heads * depth_),
-        max_(first_part_[a.rows] * m.heads),
-        sum_(first_part_[a.rows] * m.heads) {}
+        query_(arena, a.rows * m.heads * depth_),
+        out_(arena, first_part_[a.rows] * m.heads * depth_),
+        max_(arena, first_part_[a.rows] * m.heads),
+        sum_(arena, first_part_[a.rows] * m.heads) {}
 
   // The scaled query of a row and head, round_up(D, kLanes) floats.
   float* query(int64_t row, int64_t head) const {
@@ -111,7 +111,7 @@ class Attention {
   // For a task's chunks. The keys and values of one, as floats, `depth_` or D of them apart.
   struct Scratch {
     explicit Scratch(const Attention& a)
-        : floats(2 * a.most_keys_ * a.depth_),
+        : floats(2 * round_up(a.most_keys_, kLanes) * a.depth_),
           query(a.depth_ * kPanel),
           scores(round_up(a.most_keys_, kBlock) * kPanel),
           out(round_up(a.depth_, kBlock) * kPanel),
@@ -199,7 +199,7 @@ class Attention {
     if (m_.type == Float::f32 && width == d) {
       return reinterpret_cast<const float*>(from);
     }
-    float* to = scratch.floats.get() + kind * most_keys_ * depth_;
+    float* to = scratch.floats.get() + kind * round_up(most_keys_, kLanes) * depth_;
     if (width == d) {
       to_floats(from, m_.type, keys * d, to);
     } else {
@@ -260,11 +260,13 @@ class Attention {
     const auto floats = [&](int kind) {
       return as_floats(layer, kind, visit.segment, kv_head, first, keys, depth_, scratch);
     };
+    const bool in_place = m_.type == Float::f32 && depth_ == m_.head_size;
+    const int64_t readable = in_place ? a_.capacity[visit.segment] - first : round_up(keys, kLanes);
     const float *key = floats(0), *value = floats(1);
     float* scores = scratch.scores.get();
     for (int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
       const int64_t part = (visit.part + first / kKeys) * m_.heads + head;
-      const float highest = score(query(visit.row, head), key, low, keys, scores);
+      const float highest = score(query(visit.row, head), key, low, keys, readable, scores);
       max_[part] = highest;
       sum_[part] = 0.0f;
       if (low < keys) {
@@ -274,31 +276,35 @@ class Attention {
     }
   }
 
-  // Scores of the keys [low, keys), and their maximum. Lanes along D, then along keys.
-  float score(const float* query, const float* key, int64_t low, int64_t keys,
+  // Scores of the keys [low, keys), and their maximum. Lanes along D, then along keys. There is
+  // room for `readable` keys, of which those from `keys` on hold anything.
+  float score(const float* query, const float* key, int64_t low, int64_t keys, int64_t readable,
               float* scores) const {
     Vec highest = splat(kNone);
     for (int64_t k = low / kLanes * kLanes; k < keys; k += kLanes) {
-      Vec products[kLanes] = {};
-      const int count = static_cast<int>(std::min<int64_t>(kLanes, keys - k));
-      for (int64_t d = 0; d < depth_; d += kLanes) {
-        const Vec q = load(query + d);
-        for (int i = 0; i < count; ++i) {
-          products[i] = fma(q, load(key + (k + i) * depth_ + d), products[i]);
-        }
-      }
-      Vec x = sums_of(products);
+      Vec x = k + kLanes <= readable
+                  ? products(query, key + k * depth_, std::integral_constant<int, kLanes>())
+                  : products(query, key + k * depth_, static_cast<int>(keys - k));
       if (m_.softcap > 0.0f) {
         x = m_.softcap * tanh(x / m_.softcap);
       }
       store(scores + k, x);
       highest = at_least(highest, select(between(k, low, keys), x, splat(kNone)));
     }
-    float most = kNone;
-    for (int i = 0; i < kLanes; ++i) {
-      most = highest[i] <= most ? most : highest[i];  // NaN stays
+    return fold(highest, [](Vec a, Vec b) { return at_least(a, b); })[0];
+  }
+
+  // The query times each of `count` keys, in lanes. A constant count keeps the sums in registers.
+  template <class Count>
+  Vec products(const float* query, const float* key, Count count) const {
+    Vec sums[kLanes] = {};
+    for (int64_t d = 0; d < depth_; d += kLanes) {
+      const Vec q = load(query + d);
+      for (int i = 0; i < count; ++i) {
+        sums[i] = fma(q, load(key + i * depth_ + d), sums[i]);
+      }
     }
-    return most;
+    return sums_of(sums);
   }
 
   // Lanes k, k + 1, ... that lie in [low, high).
@@ -320,11 +326,7 @@ class Attention {
       store(scores + k, e);
       sums += e;
     }
-    float sum = 0.0f;
-    for (int i = 0; i < kLanes; ++i) {
-      sum += sums[i];
-    }
-    return sum;
+    return fold(sums, [](Vec a, Vec b) { return a + b; })[0];
   }
 
   // out = sum of weight k times value k, over [low, keys).
@@ -412,8 +414,8 @@ class Attention {
   std::vector<Item> items_;
   int64_t most_keys_ = 0;
   std::vector<int64_t> first_part_;  // of each row
-  Buffer<float> query_;              // [M, Hq, depth]
-  Buffer<float> out_, max_, sum_;    // [parts, Hq] and depth
+  Borrowed<float> query_;            // [M, Hq, depth]
+  Borrowed<float> out_, max_, sum_;  // [parts, Hq] and depth
 };
 
 }  // namespace

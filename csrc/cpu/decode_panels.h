@@ -13,6 +13,18 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
+// n of an arena, until it is reset; nobody has written them.
+template <class T>
+class Borrowed {
+ public:
+  Borrowed(Arena& arena, int64_t n) : data_(static_cast<T*>(arena.take(n * sizeof(T)))) {}
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
 // How M rows lie in panels.
 struct Lanes {
   int64_t rows;
@@ -25,6 +37,7 @@ struct Lanes {
   }
   // All vectors of all panels; what products write into more than these is never read.
   int64_t count() const { return ceil_div(rows, kLanes); }
+  bool full() const { return count() == panels() * kVectors; }
   // Where vector v begins in panels of `features`.
   static int64_t at(int64_t v, int64_t features) {
     return v / kVectors * features * kPanel + v % kVectors * kLanes;
@@ -49,8 +62,11 @@ inline void put(Pairs, uint32_t* panel, int64_t k, Vec even, Vec odd) {
 // [panel][depth / kStep][kPanel] Elements, the right-hand side of products.
 template <class Kind>
 struct Operand {
-  Operand(const Lanes& lanes, int64_t most) : data(lanes.panels() * most / Kind::kStep * kPanel) {
-    std::memset(data.get(), 0, lanes.panels() * most / Kind::kStep * kPanel * 4);
+  Operand(Arena& arena, const Lanes& lanes, int64_t most)
+      : data(arena, lanes.panels() * most / Kind::kStep * kPanel) {
+    if (!lanes.full()) {  // lanes without a row are multiplied too: let them hold numbers
+      std::memset(data.get(), 0, lanes.panels() * most / Kind::kStep * kPanel * 4);
+    }
   }
   typename Kind::Element* panel(int64_t p, int64_t depth) const {
     return data.get() + p * (depth / Kind::kStep) * kPanel;
@@ -58,23 +74,25 @@ struct Operand {
   typename Kind::Element* vector(int64_t v, int64_t depth) const {
     return panel(v / kVectors, depth) + v % kVectors * kLanes;
   }
-  Buffer<typename Kind::Element> data;
+  Borrowed<typename Kind::Element> data;
 };
 
 // A vector of parameters as floats.
 class Parameters {
  public:
-  Parameters(const void* from, Float type, int64_t n) : data_(from ? n : 0), any_(from) {
-    if (from) {
-      to_floats(from, type, n, data_.get());
+  Parameters(const void* from, Float type, int64_t n)
+      : copy_(from && type != Float::f32 ? n : 0),
+        data_(type == Float::f32 ? static_cast<const float*>(from) : copy_.get()) {
+    if (copy_.get()) {
+      to_floats(from, type, n, copy_.get());
     }
   }
-  explicit operator bool() const { return any_; }
+  explicit operator bool() const { return data_; }
   float operator[](int64_t i) const { return data_[i]; }
 
  private:
-  Buffer<float> data_;
-  bool any_;
+  Buffer<float> copy_;
+  const float* data_;
 };
 
 // A block of rows of weights times a panel, z[kBlock, kPanel].
@@ -181,6 +199,21 @@ inline Vec inverse_rms(const float* x, int64_t n, int64_t stride, float eps) {
     inverse[i] = 1.0f / std::sqrt(mean[i] + eps);
   }
   return inverse;
+}
+
+template <int Block, int... J>
+inline Vec swapped(Vec x, std::integer_sequence<int, J...>) {
+  return shuffle(x, x, std::integer_sequence<int, (J ^ Block)...>());
+}
+
+// Lanes folded pair by pair, then pairs of pairs, ...; the result is in each lane.
+template <int Block = 1, class Join>
+inline Vec fold(Vec x, const Join& join) {
+  if constexpr (Block < kLanes) {
+    const Vec y = swapped<Block>(x, std::make_integer_sequence<int, kLanes>());
+    return fold<2 * Block>(join(x, y), join);
+  }
+  return x;
 }
 
 // Lane i: the sum over the lanes of x[i].

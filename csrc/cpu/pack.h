@@ -28,7 +28,10 @@ class Buffer {
 
  private:
   static T* allocate(int64_t n) {
-    void* memory = std::aligned_alloc(64, round_up(std::max<int64_t>(n, 1) * sizeof(T), 64));
+    if (n <= 0) {
+      return nullptr;
+    }
+    void* memory = std::aligned_alloc(64, round_up(n * sizeof(T), 64));
     if (memory == nullptr) {
       throw std::bad_alloc();
     }

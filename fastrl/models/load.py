@@ -140,7 +140,7 @@ def add_lora(
         return get_peft_model(model, config)
 
 
-def save_pretrained(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_pretrained(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write model and tokenizer in Hugging Face format.
 
     LoRA adapters are saved beside the merged model.
@@ -149,4 +149,5 @@ def save_pretrained(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path
         model.save_pretrained(str(folder / "adapter"))
         model = copy.deepcopy(model).merge_and_unload()
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

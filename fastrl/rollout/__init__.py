@@ -2,6 +2,17 @@
 
 from fastrl.rollout.cache import Branch
 from fastrl.rollout.engine import RolloutEngine
-from fastrl.rollout.sampling import Group, GroupLayout, Rollouts, SamplingParams
+from fastrl.rollout.sampling import Engine, Group, GroupStop, Rollouts, SamplingParams
+from fastrl.rollout.vllm import ServerError, VllmEngine
 
-__all__ = ["Branch", "Group", "GroupLayout", "RolloutEngine", "Rollouts", "SamplingParams"]
+__all__ = [
+    "Branch",
+    "Engine",
+    "Group",
+    "GroupStop",
+    "RolloutEngine",
+    "Rollouts",
+    "SamplingParams",
+    "ServerError",
+    "VllmEngine",
+]

@@ -1,7 +1,8 @@
 """Keys and values as a forest: nodes of consecutive positions, and branches that run through them.
 
 A prompt is one node that all its completions read; a completion grows by nodes of `CHUNK`
-positions. Python's own references count who reads a node: the last branch to leave it frees it.
+positions, a few completions' next nodes in one allocation. Python's own references count who reads
+it: the last branch to leave frees it.
 """
 
 from collections.abc import Sequence

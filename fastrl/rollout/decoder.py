@@ -28,6 +28,7 @@ FAMILIES = (
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}
 PREFILL_ROWS = 256  # in one call, and fewer where their attention would hold more floats than
 PREFILL_FLOATS = 16 << 20
+SLAB_BYTES = 16 << 20  # of nodes allocated together: a row that goes on alone keeps so much
 
 
 class UnsupportedModel(Exception):
@@ -143,15 +144,29 @@ class Decoder:
         # In the model's dtype, as the trainer's forward has them.
         self._angles = tuple(a[0, :, :half].float().contiguous() for a in both)
 
-    def _new_node(self, start: int, capacity: int, shared: bool) -> Node:
-        shape = (len(self._layers), 2, self.kv_heads, capacity, self.head_size)
-        return Node(torch.empty(shape, dtype=self._dtype), start, shared)
+    def no_rows(self) -> Tensor:
+        """Hidden states of no rows, `[0, H]`."""
+        return torch.empty(0, self._config.hidden_size, dtype=self._dtype)
+
+    def scratch(self) -> Any:
+        """What steps that follow one another share."""
+        return module().decode_scratch()
+
+    def _node_shape(self, capacity: int) -> tuple[int, ...]:
+        return len(self._layers), 2, self.kv_heads, capacity, self.head_size
+
+    def _storage(self, nodes: int, capacity: int) -> Sequence[Tensor]:
+        """Room for the keys and values of some nodes, on huge pages where it fills one."""
+        slab = torch.empty(nodes, *self._node_shape(capacity), dtype=self._dtype)
+        module().use_huge_pages(pointer(slab), slab.numel() * slab.element_size())
+        return slab.unbind()
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def run(self, tokens: Tensor, positions: Tensor, layout: Layout, scratch: Any = None) -> Tensor:
         """Final hidden states `[M, H]` of tokens `[M]` at positions `[M]`, both int64.
 
-        Their keys and values are written where the layout's rows end.
+        Their keys and values are written where the layout's rows end. Steps that follow one
+        another share a `scratch`.
         """
         self._grow_angles(int(positions.max()) + 1)
         hidden = torch.empty(len(tokens), self._config.hidden_size, dtype=self._dtype)
@@ -166,21 +181,26 @@ class Decoder:
                 *map(pointer, self._angles),
                 pointer(hidden),
             ),
+            scratch or self.scratch(),
             threads(),
         )
         return hidden
 
     def place(self, branches: Sequence[Branch]) -> tuple[Layout, Tensor]:
         """Where the next token of each branch goes; room is made for it."""
-        for branch in branches:
-            if branch.room() == 0:
-                branch.grow(self._new_node(branch.length, CHUNK, shared=False))
+        full = [branch for branch in branches if branch.room() == 0]
+        node = math.prod(self._node_shape(CHUNK)) * self._dtype.itemsize
+        at_once = max(1, SLAB_BYTES // node)
+        for i in range(0, len(full), at_once):
+            some = full[i : i + at_once]
+            for branch, storage in zip(some, self._storage(len(some), CHUNK), strict=True):
+                branch.grow(Node(storage, branch.length, shared=False))
         return Layout(branches), torch.tensor([b.length for b in branches])
 
     def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]:
         """A root for each prompt; a bounded number of tokens of all of them at a time."""
         branches = [
-            Branch((self._new_node(0, len(p), shared=True),), len(p), weight_version)
+            Branch((Node(self._storage(1, len(p))[0], 0, shared=True),), len(p), weight_version)
             for p in prompts
         ]
         owner = [b for b, p in zip(branches, prompts, strict=True) for _ in p]
@@ -190,9 +210,10 @@ class Decoder:
         # A row holds a result of its heads for each of the 240 keys that are taken at a time.
         held = (max(map(len, prompts)) // 240 + 2) * self._config.num_attention_heads
         rows = max(16, min(PREFILL_ROWS, PREFILL_FLOATS // (held * self.head_size)))
+        scratch = self.scratch()
         for i in range(0, len(owner), rows):
             some = slice(i, i + rows)
-            hidden = self.run(tokens[some], positions[some], Layout(owner[some]))
+            hidden = self.run(tokens[some], positions[some], Layout(owner[some]), scratch)
             for branch, last in zip(branches, ends, strict=True):
                 if i <= last < i + rows:
                     branch.hidden = hidden[last - i].clone()
@@ -200,42 +221,16 @@ class Decoder:
 
 
 class Decodes(Protocol):
-    """A decoder, on whatever device; its layouts are its own, from `place` to `run`."""
+    """A decoder, on whatever device; its layouts and its scratch are its own."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]: ...
 
     def place(self, branches: Sequence[Branch]) -> tuple[Any, Tensor]: ...
 
-    def run(self, tokens: Tensor, positions: Tensor, layout: Any) -> Tensor: ...
+    def run(
+        self, tokens: Tensor, positions: Tensor, layout: Any, scratch: Any = None
+    ) -> Tensor: ...
 
+    def no_rows(self) -> Tensor: ...
 
-class NativeRows:
-    """Branches that step together; `hidden` `[M, H]` is where their last tokens left them."""
-
-    def __init__(self, decoder: Decodes, branches: list[Branch]):
-        self._decoder = decoder
-        self._branches = branches
-        self._room = 0  # steps until a branch needs a new node
-        self.hidden = torch.stack([b.hidden for b in branches if b.hidden is not None])
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
-        self._branches = [self._branches[i] for i in rows.tolist()]
-        self._room = 0
-
-    def step(self, tokens: Tensor) -> None:
-        """Append a token to each row."""
-        if self._room == 0:
-            self._layout, self._positions = self._decoder.place(self._branches)
-            self._room = min(b.room() for b in self._branches)
-        self.hidden = self._decoder.run(tokens, self._positions, self._layout)
-        self._positions += 1
-        self._room -= 1
-        for branch in self._branches:
-            branch.length += 1
-
-
-def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes with every in-place write to a parameter that autograd sees, and with every move."""
-    local = (getattr(p, "_local_tensor", p) for p in model.parameters())
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in local)
+    def scratch(self) -> Any: ...

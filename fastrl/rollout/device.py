@@ -212,7 +212,16 @@ class DeviceDecoder:
         return placed, torch.tensor([b.length for b in branches], device=self._device)
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, positions: Tensor, layout: Placed) -> Tensor:
+    def no_rows(self) -> Tensor:
+        """Hidden states of no rows, `[0, H]`."""
+        return torch.empty(0, self._config.hidden_size, dtype=self._dtype, device=self._device)
+
+    def scratch(self) -> None:
+        """Nothing: steps of one size share a graph's buffers."""
+
+    def run(
+        self, tokens: Tensor, positions: Tensor, layout: Placed, scratch: None = None
+    ) -> Tensor:
         """Final hidden states `[M, H]` of tokens `[M]` at positions `[M]`, both int64.
 
         Their keys and values are written where the table's rows end.

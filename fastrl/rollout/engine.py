@@ -11,18 +11,14 @@ from fastrl.kernels import Samples
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import generation
 from fastrl.rollout.cache import Branch
-from fastrl.rollout.decoder import (
-    Decoder,
-    Decodes,
-    NativeRows,
-    UnsupportedModel,
-    fingerprint,
-)
+from fastrl.rollout.decoder import Decoder, Decodes, UnsupportedModel
 from fastrl.rollout.device import DeviceDecoder
 from fastrl.rollout.huggingface import HuggingFaceRows
-from fastrl.rollout.sampling import GroupLayout, GroupStop, Rollouts, SamplingParams
+from fastrl.rollout.native import NativeRows
+from fastrl.rollout.request import Prompts, check_prompts, check_request, context_length, encode
+from fastrl.rollout.sampling import GroupStop, Rollouts, SamplingParams
+from fastrl.rollout.weights import WeightVersion
 
-Prompts = Sequence[str | Sequence[int]]
 CHECKED = 8  # tokens that the native decoder and Hugging Face's forward are compared on
 
 
@@ -37,7 +33,7 @@ class RolloutEngine:
     `weight_version` counts changes of the weights, and every batch of rollouts and every branch
     carries it. In-place writes to parameters and moves of them are noticed, and so is
     `weights_changed`; writes past autograd, such as to `parameter.data`, need that call. At most
-    `max_rows` completions are decoded at a time.
+    `max_rows` completions are decoded at a time; where some end, waiting groups take their places.
     """
 
     def __init__(
@@ -53,29 +49,23 @@ class RolloutEngine:
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.fallback_reason: str | None = None
-        self._version = 0
-        self._seen = fingerprint(model)
+        self._version = WeightVersion(model)
         self._read: list[int] | None = None  # addresses of the parameters that _decoder reads
         self._decoder: Decodes | None = None
 
     @property
     def weight_version(self) -> int:
         """How often the weights have changed since the engine was made."""
-        now = fingerprint(self.model)
-        if now != self._seen:
-            self._seen = now
-            self._version += 1
-        return self._version
+        return self._version.current()
 
     def weights_changed(self) -> None:
         """Note that the model's parameters were updated."""
-        self._seen = fingerprint(self.model)
-        self._version += 1
+        self._version.changed()
 
     @torch.no_grad()
     def _find_decoder(self) -> Decodes | None:
         """The native decoder of the model as it is now, or None."""
-        addresses = [address for address, _ in self._seen]
+        addresses = self._version.addresses()
         if addresses == self._read:
             return self._decoder
         warned = self.fallback_reason is not None
@@ -98,7 +88,7 @@ class RolloutEngine:
     def _check(self, decoder: Decodes) -> None:
         """Compare with the model's own forward: a subclass or a hook may have changed it."""
         model = backbone(self.model)
-        limits = CHECKED, lm_head(self.model).weight.shape[0], self._context() or CHECKED
+        limits = CHECKED, lm_head(self.model).weight.shape[0], context_length(self.model) or CHECKED
         ids = list(range(min(limits)))
         was_training = self.model.training
         self.model.eval()
@@ -131,65 +121,36 @@ class RolloutEngine:
         `max_new_tokens` in the model's context, for ids outside the vocabulary, for strings or stop
         strings without a tokenizer, and for `group_stop` with groups of more than `max_rows`.
         """
-        sampling = sampling or SamplingParams()
         if group_stop is not None and group_size > self.max_rows:
             raise ValueError(
                 f"group_stop needs whole groups, but group_size={group_size} is more than "
                 f"max_rows={self.max_rows}"
             )
-        prompt_ids = self._encode(prompts, group_size, sampling)
-        if not prompt_ids:
-            raise ValueError("prompts is empty; give at least one")
-        limits = [sampling.max_new_tokens] * len(prompt_ids)
-        if max_new_tokens is not None:
-            limits = list(max_new_tokens)
-            if min(limits, default=1) < 1:
-                raise ValueError(f"max_new_tokens={limits} must each be at least 1")
-        self._check_prompts(prompt_ids, limits)
-        rows = [ids for ids in prompt_ids for _ in range(group_size)]
-        row_limits = torch.tensor(limits, device=self._device()).repeat_interleave(group_size)
-        ending = generation.Ending(
-            self._stop_tokens(sampling),
+        request = check_request(
+            self.model,
             self.tokenizer,
+            prompts,
             group_size,
-            group_stop,
+            sampling or SamplingParams(),
+            max_new_tokens,
         )
-        at_once = max(self.max_rows // group_size * group_size, min(self.max_rows, group_size))
+        ending = generation.Ending(request.stop_tokens, self.tokenizer, group_size, group_stop)
         version, decoder = self.weight_version, self._find_decoder()
+        rows: generation.Rows = (
+            HuggingFaceRows(backbone(self.model), self._device())
+            if decoder is None
+            else NativeRows(decoder, version)
+        )
         was_training = self.model.training
         self.model.eval()
         try:
-            with generation.progress_bar(progress, int(row_limits.sum())) as bar:
-                parts = [
-                    generation.generate(
-                        self._start(decoder, rows[i : i + at_once]),
-                        lm_head(self.model),
-                        sampling,
-                        i,
-                        row_limits[i : i + at_once],
-                        ending,
-                        bar,
-                    )
-                    for i in range(0, len(rows), at_once)
-                ]
+            with generation.progress_bar(progress, sum(request.limits) * group_size) as bar:
+                completions = generation.generate(
+                    rows, lm_head(self.model), request, ending, self.max_rows, bar
+                )
         finally:
             self.model.train(was_training)
-        counts = torch.cat([part[3] for part in parts])
-        steps = int(counts.max())
-        tokens, logprobs, untruncated = (
-            torch.cat([nn.functional.pad(part[k], (0, steps - part[k].shape[1])) for part in parts])
-            for k in range(3)
-        )
-        return Rollouts(
-            prompt_ids=rows,
-            completion_ids=tokens,
-            completion_mask=torch.arange(steps, device=counts.device) < counts.unsqueeze(-1),
-            logprobs=logprobs,
-            untruncated_logprobs=untruncated,
-            finish_reason=[generation.REASONS[r] for part in parts for r in part[4].tolist()],
-            layout=GroupLayout(tuple(map(len, prompt_ids)), tuple(counts.tolist()), group_size),
-            weight_version=version,
-        )
+        return completions.rollouts(request, version, self._device())
 
     @torch.no_grad()
     def prefill(self, prompt: str | Sequence[int]) -> Branch:
@@ -199,9 +160,9 @@ class RolloutEngine:
         `ValueError` as `generate` does, `RuntimeError` with the reason for a model that does not
         decode natively.
         """
-        (ids,) = self._encode([prompt], 1, SamplingParams())
-        self._check_prompts([ids], [0])
-        return self._native().prefill([ids], self._version)[0]
+        (ids,) = encode(self.tokenizer, [prompt], SamplingParams())
+        check_prompts(self.model, [ids], [0])
+        return self._native().prefill([ids], self.weight_version)[0]
 
     def fork(self, branch: Branch, at: int | None = None) -> Branch:
         """A branch of the first `at` tokens (all of them by default), without a copy."""
@@ -228,13 +189,14 @@ class RolloutEngine:
             raise ValueError("branches holds a branch twice; fork it to go two ways")
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
             raise ValueError(f"tokens holds ids outside the vocabulary of {vocab}")
+        version = self.weight_version
         for b in branches:
-            if b.weight_version != self._version:
+            if b.weight_version != version:
                 raise ValueError(
                     f"a branch is of weight_version={b.weight_version}, the weights are of "
-                    f"{self._version}; prefill it again"
+                    f"{version}; prefill it again"
                 )
-        context = self._context()
+        context = context_length(self.model)
         if context is not None and max(b.length for b in branches) >= context:
             raise ValueError(f"a branch fills the model's context of {context}")
         layout, positions = decoder.place(branches)
@@ -261,63 +223,5 @@ class RolloutEngine:
             raise RuntimeError(f"branches need the native decoder: {self.fallback_reason}")
         return decoder
 
-    def _start(self, decoder: Decodes | None, rows: list[list[int]]) -> generation.Rows:
-        unique = [i for i in range(len(rows)) if i == 0 or rows[i] is not rows[i - 1]]
-        copies = [b - a for a, b in zip(unique, [*unique[1:], len(rows)], strict=True)]
-        prompts = [rows[i] for i in unique]
-        if decoder is None:
-            return HuggingFaceRows(backbone(self.model), self._device(), prompts, copies)
-        roots = decoder.prefill(prompts, self._version)
-        branches = [r.fork() for r, n in zip(roots, copies, strict=True) for _ in range(n)]
-        return NativeRows(decoder, branches)
-
     def _device(self) -> torch.device:
         return lm_head(self.model).weight.device
-
-    def _context(self) -> int | None:
-        return getattr(backbone(self.model).config, "max_position_embeddings", None)
-
-    def _encode(
-        self, prompts: Prompts, group_size: int, sampling: SamplingParams
-    ) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise ValueError("prompts must be a list of strings or of token ids, got one string")
-        if group_size < 1:
-            raise ValueError(f"group_size={group_size} must be at least 1")
-        if self.tokenizer is None and (sampling.stop or any(isinstance(p, str) for p in prompts)):
-            raise ValueError(
-                "text prompts and stop strings need a tokenizer: RolloutEngine(model, tokenizer)"
-            )
-        return [
-            self.tokenizer(p, add_special_tokens=True)["input_ids"]  # type: ignore[misc]
-            if isinstance(p, str)
-            else list(p)
-            for p in prompts
-        ]
-
-    def _check_prompts(self, prompt_ids: list[list[int]], limits: Sequence[int]) -> None:
-        if len(limits) != len(prompt_ids):
-            raise ValueError(
-                f"max_new_tokens holds {len(limits)} limits for {len(prompt_ids)} prompts"
-            )
-        context, vocab = self._context(), lm_head(self.model).weight.shape[0]
-        for i, (ids, limit) in enumerate(zip(prompt_ids, limits, strict=True)):
-            if not ids:
-                raise ValueError(f"prompt {i} is empty; give it at least one token")
-            if not 0 <= min(ids) <= max(ids) < vocab:
-                raise ValueError(f"prompt {i} holds token ids outside the vocabulary of {vocab}")
-            if context is not None and len(ids) + limit > context:
-                raise ValueError(
-                    f"prompt {i} has {len(ids)} tokens and max_new_tokens={limit}: "
-                    f"more than the model's context of {context}"
-                )
-
-    def _stop_tokens(self, sampling: SamplingParams) -> list[int]:
-        eos = sampling.eos_token_id
-        if sampling.ignore_eos:
-            return []
-        if eos is None:
-            eos = getattr(self.tokenizer, "eos_token_id", None)
-        if eos is None:
-            eos = backbone(self.model).config.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

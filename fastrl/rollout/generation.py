@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastrl.kernels import Samples, linear_sample
+from fastrl.kernels import GroupLayout, Samples, linear_sample
 from fastrl.models.head import LmHead
-from fastrl.rollout.sampling import Group, GroupStop, SamplingParams
+from fastrl.rollout.request import Request
+from fastrl.rollout.sampling import Group, GroupStop, Rollouts, SamplingParams
 
 REASONS = ("length", "stop", "pruned")
 LENGTH, STOP, PRUNED = range(len(REASONS))
@@ -21,6 +22,9 @@ class Rows(Protocol):
     """Rows that decode together; `hidden` `[M, H]` is where their last tokens left them."""
 
     hidden: Tensor
+    joins: bool  # whether rows can be added while others go on
+
+    def add(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> None: ...
 
     def keep(self, rows: Tensor) -> None: ...
 
@@ -61,13 +65,14 @@ class Ending:
     group_size: int
     group_stop: GroupStop | None
 
-    def strings(self, tokens: Tensor, stop: Sequence[str]) -> Tensor:
-        """Which rows of tokens `[M, t]` end in a stop string that their newest token completes."""
+    def strings(self, tokens: Tensor, count: Tensor, stop: Sequence[str]) -> Tensor:
+        """Which rows of tokens `[M, T]`, `[M]` of each, end in a stop string just completed."""
         reach = max(len(s) for s in stop) + 8
-        tail = tokens[:, -reach:].tolist()
-        before = [t[:-1] for t in tail]
+        at = count.unsqueeze(-1) - torch.arange(reach, 0, -1, device=count.device)
+        window = tokens.gather(1, at.clamp(min=0)).tolist()
+        tail = [row[max(0, reach - n) :] for row, n in zip(window, count.tolist(), strict=True)]
         texts = self.tokenizer.batch_decode(tail)  # type: ignore[union-attr]
-        earlier = self.tokenizer.batch_decode(before)  # type: ignore[union-attr]
+        earlier = self.tokenizer.batch_decode([t[:-1] for t in tail])  # type: ignore[union-attr]
         return torch.tensor(
             [
                 any(s in text and text.count(s) > old.count(s) for s in stop)
@@ -76,98 +81,140 @@ class Ending:
             device=tokens.device,
         )
 
-    def pruned(self, tokens: Tensor, first_row: int, count: Tensor, ended: Tensor) -> Tensor:
-        """Rows that their group's `group_stop` ends.
-
-        tokens `[B, T]`, count and ended `[B]`; asked are groups of which a row has just ended.
-        """
-        size = self.group_size
-        out = torch.zeros_like(ended)
-        for i in range(0, len(ended), size):
-            some = slice(i, i + size)
-            finished = ended[some].tolist()
-            if all(finished) or not any(finished):
-                continue
-            completions = [
-                row[:n] for row, n in zip(tokens[some].tolist(), count[some].tolist(), strict=True)
-            ]
-            answer = self.group_stop(  # type: ignore[misc]
-                Group((first_row + i) // size, completions, finished)
+    def pruned(self, group: int, tokens: Tensor, count: Tensor, ended: Tensor) -> Tensor:
+        """Rows of a group that its `group_stop` ends; tokens `[G, T]`, count and ended `[G]`."""
+        finished = ended.tolist()
+        if all(finished):
+            return torch.zeros_like(ended)
+        completions = [row[:n] for row, n in zip(tokens.tolist(), count.tolist(), strict=True)]
+        answer = self.group_stop(Group(group, completions, finished))  # type: ignore[misc]
+        if isinstance(answer, bool):
+            return ~ended if answer else torch.zeros_like(ended)
+        if len(answer) != self.group_size:
+            raise ValueError(
+                f"group_stop returned {len(answer)} values for a group of {self.group_size}; "
+                "return a bool, or one for each completion"
             )
-            if isinstance(answer, bool):
-                out[some] = answer
-            elif len(answer) == size:
-                out[some] = torch.tensor(answer, dtype=torch.bool, device=out.device)
-            else:
-                raise ValueError(
-                    f"group_stop returned {len(answer)} values for a group of {size}; "
-                    "return a bool, or one for each completion"
-                )
-        return out & ~ended
+        return torch.tensor(answer, dtype=torch.bool, device=ended.device) & ~ended
+
+
+class Completions:
+    """What has been sampled for B rows: tokens, log-probs, lengths and reasons of ending."""
+
+    def __init__(self, limits: Tensor):
+        rows, most = len(limits), int(limits.max())
+        self.tokens = torch.zeros(rows, most, dtype=torch.int64, device=limits.device)
+        self.logprobs = torch.zeros(rows, most, dtype=torch.float32, device=limits.device)
+        self.untruncated = torch.zeros_like(self.logprobs)
+        self.count = torch.zeros_like(limits)
+        self.reason = torch.full_like(limits, LENGTH)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=limits.device)
+
+    def put(self, at: Tensor, drawn: Samples) -> None:
+        """Write samples at places of the flattened `[B, T]`."""
+        self.tokens.view(-1).index_copy_(0, at, drawn.token)
+        self.logprobs.view(-1).index_copy_(0, at, drawn.logprob)
+        self.untruncated.view(-1).index_copy_(0, at, drawn.untruncated_logprob)
+
+    def end(self, rows: Tensor, count: Tensor, reason: int) -> None:
+        """Rows end, after `count` tokens each."""
+        self.count[rows], self.reason[rows], self.ended[rows] = count, reason, True
+
+    def rollouts(self, request: Request, weight_version: int, device: torch.device) -> Rollouts:
+        """The same as an engine returns it, on a device."""
+        steps = int(self.count.max())
+        counts = self.count.view(-1, request.group_size)
+        mask = torch.arange(steps, device=counts.device) < self.count.unsqueeze(-1)
+        return Rollouts(
+            prompt_ids=[ids for ids in request.prompts for _ in range(request.group_size)],
+            completion_ids=self.tokens[:, :steps].contiguous().to(device),
+            completion_mask=mask.to(device),
+            logprobs=self.logprobs[:, :steps].contiguous().to(device),
+            untruncated_logprobs=self.untruncated[:, :steps].contiguous().to(device),
+            finish_reason=[REASONS[r] for r in self.reason.tolist()],
+            layout=GroupLayout.from_lengths(
+                [len(ids) for ids in request.prompts], counts.tolist(), device
+            ),
+            weight_version=weight_version,
+        )
 
 
 def generate(
     rows: Rows,
     head: LmHead,
-    sampling: SamplingParams,
-    first_row: int,
-    limits: Tensor,
+    request: Request,
     ending: Ending,
+    max_rows: int,
     progress: Callable[[int, int], None],
-) -> tuple[Tensor, ...]:
-    """Tokens, log-probs and untruncated ones `[B, T]`, lengths and indices of `REASONS` `[B]`.
+) -> Completions:
+    """Sample all rows of a request, at most `max_rows` at a time.
 
-    limits `[B]` holds the most tokens of each row; progress is told the tokens sampled and those
-    that rows which ended will not need.
+    Whole groups wait for places (single rows, where a group is more than `max_rows`) and take those
+    of rows that have ended. progress is told the tokens sampled and those that rows which ended
+    will not need.
     """
-    device = limits.device
-    size, steps = len(limits), int(limits.max())
-    seeds = row_seeds(sampling.seed, torch.arange(first_row, first_row + size, device=device))
-    tokens = torch.zeros(steps, size, dtype=torch.int64, device=device)
-    logprobs, untruncated = (
-        torch.zeros(steps, size, dtype=torch.float32, device=device) for _ in range(2)
-    )
-    count, reason = limits.clone(), torch.full_like(limits, LENGTH)
-    ended = torch.zeros(size, dtype=torch.bool, device=device)
-    live = torch.arange(size, device=device)
-    positions = torch.zeros_like(live)
-    limit = int(limits.min())  # of the live rows
-    for step in range(steps):
-        drawn = draw(rows.hidden, head, sampling, seeds, positions)
-        tokens[step].index_copy_(0, live, drawn.token)
-        logprobs[step].index_copy_(0, live, drawn.logprob)
-        untruncated[step].index_copy_(0, live, drawn.untruncated_logprob)
+    sampling, size = request.sampling, request.group_size
+    device = head.weight.device
+    limits = torch.tensor(request.limits, device=device).repeat_interleave(size)
+    out = Completions(limits)
+    total, width = out.tokens.shape
+    unit = size if size <= max_rows else 1
+    seeds = row_seeds(sampling.seed, torch.arange(total, device=device))
+    live = torch.zeros(0, dtype=torch.int64, device=device)
+    positions, at = live, live  # tokens sampled for each live row; where its next one goes
+    waiting, least = 0, 0  # the first row that waits; steps until a live row reaches its limit
+    while True:
+        free = max_rows - len(live)
+        # A few places are not worth a prefill of their own.
+        enough = max(unit, max_rows // 8) if rows.joins and len(live) else max_rows
+        if waiting < total and (free >= enough or not len(live)):
+            new = torch.arange(waiting, min(total, waiting + free // unit * unit), device=device)
+            waiting += len(new)
+            groups, copies = torch.unique_consecutive(new // size, return_counts=True)
+            rows.add([request.prompts[g] for g in groups.tolist()], copies.tolist())
+            live = torch.cat([live, new])
+            positions = torch.cat([positions, torch.zeros_like(new)])
+            at = live * width + positions
+            least = int((limits[live] - positions).min())
+        drawn = draw(rows.hidden, head, sampling, seeds[live], positions)
+        out.put(at, drawn)
+        positions = positions + 1
+        at = at + 1
+        least -= 1
         done = torch.zeros_like(drawn.token, dtype=torch.bool)
         for stop_token in ending.tokens:
             done |= drawn.token == stop_token
         if sampling.stop:
-            done |= ending.strings(tokens[: step + 1].T[live], sampling.stop)
-        any_done = step + 1 == limit or bool(done.any())
-        spared = 0
+            done |= ending.strings(out.tokens[live], positions, sampling.stop)
+        any_done = least == 0 or bool(done.any())
+        token, spared = drawn.token, 0
         if any_done:
-            reason[live[done]] = STOP
-            done |= limits[live] == step + 1
-            count[live[done]] = step + 1
-            ended[live[done]] = True
+            full = (positions == limits[live]) & ~done
+            out.end(live[done], positions[done], STOP)
+            out.end(live[full], positions[full], LENGTH)
+            done |= full
             if ending.group_stop is not None:
-                so_far = torch.where(ended, count, step + 1)
-                pruned = ending.pruned(tokens.T, first_row, so_far, ended)
-                reason[pruned], count[pruned] = PRUNED, step + 1
-                ended |= pruned
-                done |= pruned[live]
-            spared = int((limits[live[done]] - step - 1).sum())
+                out.count[live] = positions
+                for group in (live[done] // size).unique().tolist():
+                    some = slice(group * size, group * size + size)
+                    pruned = ending.pruned(
+                        group, out.tokens[some], out.count[some], out.ended[some]
+                    )
+                    out.reason[some].masked_fill_(pruned, PRUNED)
+                    out.ended[some] |= pruned
+                done = out.ended[live]
+            spared = int((limits[live] - positions)[done].sum())
         progress(len(live), spared)
-        token = drawn.token
         if any_done:
-            if done.all():
-                break
             kept = torch.nonzero(~done).squeeze(-1)
             rows.keep(kept)
-            live, token, seeds, positions = (x[kept] for x in (live, token, seeds, positions))
-            limit = int(limits[live].min())
-        rows.step(token)
-        positions += 1
-    return *(x.T for x in (tokens, logprobs, untruncated)), count, reason
+            live, token, positions, at = (x[kept] for x in (live, token, positions, at))
+            if len(live):
+                least = int((limits[live] - positions).min())
+            elif waiting == total:
+                return out
+        if len(live):
+            rows.step(token)
 
 
 @contextmanager

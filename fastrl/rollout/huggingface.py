@@ -13,24 +13,25 @@ class HuggingFaceRows:
     `hidden` `[M, H]` holds the final hidden states of the last tokens.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        device: torch.device,
-        prompts: Sequence[Sequence[int]],
-        copies: Sequence[int],
-    ):
+    joins = False  # its cache is one tensor, padded to the left: rows begin together
+
+    def __init__(self, model: PreTrainedModel, device: torch.device):
         self._model = model
+        self._device = device
+        self.hidden = torch.empty(0, device=device)
+
+    def add(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> None:
+        """Some rows of each prompt, in place of those there were."""
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
         attention = torch.zeros(len(prompts), width, dtype=torch.int64)
         for k, prompt in enumerate(prompts):
             ids[k, width - len(prompt) :] = torch.tensor(prompt)
             attention[k, width - len(prompt) :] = 1
-        ids, attention = ids.to(device), attention.to(device)
-        self._cache = DynamicCache(config=model.config)
+        ids, attention = ids.to(self._device), attention.to(self._device)
+        self._cache = DynamicCache(config=self._model.config)
         hidden = self._forward(ids, attention, (attention.cumsum(-1) - 1).clamp(min=0))
-        owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(device)
+        owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(self._device)
         if len(owner) > len(prompts):
             self._cache.batch_select_indices(owner)
         self.hidden, self._attention = hidden[owner], attention[owner]
@@ -48,8 +49,10 @@ class HuggingFaceRows:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
-        self._cache.batch_select_indices(rows)
-        self._attention, self._lengths = self._attention[rows], self._lengths[rows]
+        if len(rows):
+            self._cache.batch_select_indices(rows)
+            self._attention, self._lengths = self._attention[rows], self._lengths[rows]
+            self.hidden = self.hidden[rows]
 
     def step(self, tokens: Tensor) -> None:
         """Append a token to each row."""

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastrl.kernels import GroupLayout
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,6 @@ GroupStop = Callable[[Group], bool | Sequence[bool]]
 
 
 @dataclass(frozen=True)
-class GroupLayout:
-    """Lengths of groups `prompt | c_1 | ... | c_G`, each c following the prompt."""
-
-    prompt_lengths: tuple[int, ...]
-    completion_lengths: tuple[int, ...]
-    group_size: int
-
-
-@dataclass(frozen=True)
 class Rollouts:
     """B = prompts x group_size completions, groups next to each other.
 
@@ -73,7 +67,8 @@ class Rollouts:
     with 0; completion_mask `[B, T]` bool, true up to and including the stop token; logprobs `[B,
     T]` float32 of the distribution sampled from, untruncated_logprobs of the one before top-k,
     top-p and min-p (equal without them); finish_reason "stop", "length", or "pruned" where
-    `group_stop` ended it; weight_version: the weights' version at sampling.
+    `group_stop` ended it; layout: the groups packed as `prompt | c_1 | ... | c_G`;
+    weight_version: the weights' version at sampling.
     """
 
     prompt_ids: list[list[int]]
@@ -93,3 +88,25 @@ class Rollouts:
                 self.completion_ids.tolist(), self.layout.completion_lengths, strict=True
             )
         ]
+
+
+class Engine(Protocol):
+    """What a trainer asks of an engine; `RolloutEngine.generate` says what the arguments mean."""
+
+    model: nn.Module
+
+    @property
+    def weight_version(self) -> int: ...
+
+    def weights_changed(self) -> None: ...
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        group_size: int = 1,
+        sampling: SamplingParams | None = None,
+        *,
+        max_new_tokens: Sequence[int] | None = None,
+        group_stop: GroupStop | None = None,
+        progress: bool = False,
+    ) -> Rollouts: ...

@@ -54,6 +54,18 @@ class Lora(Section):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
+class RolloutServer(Section):
+    """A vLLM server that samples in this process's place; see `fastrl.rollout.VllmEngine`."""
+
+    server: str = Field(pattern=r"^https?://", description="such as http://localhost:8000")
+    weights: str = Field(description="folder for weights, which the server reads")
+    served_model: str | None = Field(None, description="default: the first one it serves")
+    update: Literal["reload", "sleep"] = "reload"
+    timeout: float = Field(600.0, gt=0, description="seconds for one request")
+    update_timeout: float = Field(600.0, gt=0, description="seconds for loading weights")
+    concurrency: int = Field(32, ge=1, description="requests under way at a time")
+
+
 # YAML reads a bare on and off as true and false.
 Switch = Annotated[
     Literal["auto", "on", "off"],
@@ -168,6 +180,7 @@ class Config(Section):
     save_every: int = Field(50, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     rollout_rows: int = Field(256, ge=1, description="completions decoded at a time")
+    rollout: RolloutServer | None = None
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
 
     @model_validator(mode="before")

@@ -12,7 +12,7 @@ from fastrl import models
 from fastrl.kernels import IMPLEMENTATIONS, native
 from fastrl.reward import load_reward_function
 from fastrl.reward.reasoning_gym import verifier
-from fastrl.rollout import RolloutEngine
+from fastrl.rollout import Engine, RolloutEngine, VllmEngine
 from fastrl.train import data
 from fastrl.train.config import Config, ConfigError
 from fastrl.train.rewards import RewardSum
@@ -36,7 +36,7 @@ class Setup:
     train: list[data.Example]
     held_out: list[data.Example]
     rewards: RewardSum
-    engine: RolloutEngine
+    engine: Engine
     device: torch.device
     shared_prefix: bool  # whether the log-probs of groups compute each prompt once
 
@@ -68,7 +68,11 @@ def prepare(config: Config) -> Setup:
     context = getattr(models.backbone(model).config, "max_position_embeddings", None)
     for examples, source in ((train, "training data"), (held_out, "held-out data")):
         data.check_context(examples, config.max_completion_length, context, source)
-    engine = RolloutEngine(model, tokenizer, max_rows=config.rollout_rows)
+    engine: Engine
+    if config.rollout is None:
+        engine = RolloutEngine(model, tokenizer, max_rows=config.rollout_rows)
+    else:
+        engine = VllmEngine(model, tokenizer, **config.rollout.model_dump())
     shared = _shared_prefix(config, model, device)
     networks = {"policy": model}
     return Setup(config, networks, tokenizer, train, held_out, rewards, engine, device, shared)

@@ -54,6 +54,26 @@ class GroupLayout(NamedTuple):
             ),
         )
 
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of each prompt."""
+        lengths = self.offsets.diff().tolist()
+        return tuple(lengths[first] for first in self.groups[:-1].tolist())
+
+    @property
+    def completion_lengths(self) -> tuple[int, ...]:
+        """Tokens of each completion, group after group."""
+        lengths, prompts = self.offsets.diff().tolist(), set(self.groups[:-1].tolist())
+        return tuple(n for segment, n in enumerate(lengths) if segment not in prompts)
+
+    @property
+    def group_size(self) -> int:
+        """Completions of each prompt. Raises `ValueError` where prompts differ in it."""
+        sizes = set((self.groups.diff() - 1).tolist())
+        if len(sizes) != 1:
+            raise ValueError(f"the groups have no size in common, but {sorted(sizes)}")
+        return sizes.pop()
+
     def to(self, device: torch.device | str) -> "GroupLayout":
         """The same layout on another device."""
         return GroupLayout(self.offsets.to(device), self.groups.to(device))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastrl.losses import token_weights
 from fastrl.losses.reduction import Reduction
-from fastrl.rollout import RolloutEngine, Rollouts, SamplingParams
+from fastrl.rollout import Engine, RolloutEngine, Rollouts, SamplingParams
 from fastrl.train.batches import Batch, pad_batch
 from fastrl.train.data import Example, batch_indices
 from fastrl.train.rewards import Scored
@@ -85,7 +85,7 @@ class Context:
         prompts = [e.prompt_ids for e in examples]
         return self._engine(model).generate(prompts, group_size, sampling)
 
-    def _engine(self, model: nn.Module | None) -> RolloutEngine:
+    def _engine(self, model: nn.Module | None) -> Engine:
         if model is None:
             return self.setup.engine
         if id(model) not in self.engines:

@@ -1,0 +1,64 @@
+"""Rows that step together through a decoder of ours."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastrl.rollout.cache import Branch
+from fastrl.rollout.decoder import Decodes
+
+
+class NativeRows:
+    """Branches that step together; `hidden` `[M, H]` is where their last tokens left them."""
+
+    joins = True
+
+    def __init__(self, decoder: Decodes, weight_version: int):
+        self._decoder = decoder
+        self._weight_version = weight_version
+        self._branches: list[Branch] = []
+        self._room = 0  # steps until a branch needs a new node
+        self._taken = 0  # steps that the branches' lengths do not count yet
+        self._scratch = decoder.scratch()
+        self._last: tuple[Sequence[int], Branch] | None = None
+        self.hidden = decoder.no_rows()
+
+    def add(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> None:
+        """Some rows of each prompt, behind those there are.
+
+        A prompt that is the very list the last call ended with is not computed again.
+        """
+        self._settle()
+        again = self._last is not None and self._last[0] is prompts[0]
+        roots = [self._last[1]] if again and self._last else []
+        if len(prompts) > again:
+            roots += self._decoder.prefill(prompts[again:], self._weight_version)
+        self._last = (prompts[-1], roots[-1])
+        self._branches += [r.fork() for r, n in zip(roots, copies, strict=True) for _ in range(n)]
+        # A prompt's rows draw their first tokens from the same state.
+        last = torch.stack([r.hidden for r in roots if r.hidden is not None])
+        times = torch.tensor(list(copies), device=last.device)
+        self.hidden = torch.cat([self.hidden, last.repeat_interleave(times, dim=0)])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self._settle()
+        self._branches = [self._branches[i] for i in rows.tolist()]
+        self.hidden = self.hidden[rows]
+
+    def step(self, tokens: Tensor) -> None:
+        """Append a token to each row."""
+        if self._room == 0:
+            self._settle()
+            self._layout, self._positions = self._decoder.place(self._branches)
+            self._room = min(b.room() for b in self._branches)
+        self.hidden = self._decoder.run(tokens, self._positions, self._layout, self._scratch)
+        self._positions += 1
+        self._room -= 1
+        self._taken += 1
+
+    def _settle(self) -> None:
+        for branch in self._branches:
+            branch.length += self._taken
+        self._taken = self._room = 0
