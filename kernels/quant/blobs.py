@@ -69,7 +69,7 @@ def _settings(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     key = name + _STATE + "nf4"
     try:
         settings = json.loads(bytes(tensors[key].tolist()))
-        rows, columns = settings["shape"]
+        rows, _columns = settings["shape"]
         assert rows >= 0 and settings["quant_type"] == "nf4" and settings["blocksize"] > 0
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(

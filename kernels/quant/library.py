@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrl.kernels.quant.weight import QuantizedWeight
 
+ACTIVATIONS = ("silu", "gelu_tanh")
 MODULES = {"reference": "plain", "cpu": "cpu"}  # of each implementation
 
 _WEIGHT = (

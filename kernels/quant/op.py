@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.native import choose
-from fastrl.kernels.quant import library
-from fastrl.kernels.quant.schemes import FLOATS
-from fastrl.kernels.quant.weight import QuantizedRows, QuantizedWeight, check_width
+from fastrl.kernels.quant.library import ACTIVATIONS
+from fastrl.kernels.quant.weight import FLOATS, QuantizedRows, QuantizedWeight, check_width
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
 HAS: tuple[str, ...] = ()
-ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def quantize_rows(x: Tensor, *, impl: str = "auto") -> QuantizedRows:

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastrl.kernels.quant import reference
 from fastrl.kernels.quant.weight import (
     COMPUTE,
+    FLOATS,
     NESTED_BLOCK,
     PAD,
     QuantizedWeight,
@@ -16,8 +17,7 @@ from fastrl.kernels.quant.weight import (
 )
 
 BLOCKS = {"nf4": (32, 64, 128, 256, 512, 1024, 2048, 4096), "int4": (32, 64, 128)}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact 0. (2305.14314, appendix E)
+# 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact 0. (2305.14314)
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # The products each scheme can be taken in, its default first.
 COMPUTE = {"int8": ("int8",), "nf4": ("int8", "bf16"), "int4": ("int8", "bf16"), "fp8": ("fp8",)}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PAD = 64  # int8 rows are stored in whole cache lines, which are also the rows of an AMX tile
 LONGEST = 131071  # of a row of int8: its products with another's sum to less than 2^31
 NESTED_BLOCK = 256  # absmaxes that share one of their own
@@ -35,8 +36,8 @@ class QuantizedWeight:
       and ``code`` is -8 to 7.
     * fp8: float8_e4m3fn ``[N, K]``.
 
-    ``scale`` is float32 ``[N]``: of the stored rows (int8, fp8), or of the int8 rows that 4-bit ones
-    are unpacked to. Nested: ``absmax`` is uint8, and absmax i stands for
+    ``scale`` is float32 ``[N]``: of the stored rows (int8, fp8), or of the int8 rows that 4-bit
+    ones are unpacked to. Nested: ``absmax`` is uint8, and absmax i stands for
     ``nested_code[absmax[i]] * nested_absmax[i // 256] + nested_offset``.
     """
 
@@ -89,9 +90,7 @@ class QuantizedWeight:
         """What ``state_dict(prefix)`` wrote. Raises ValueError naming what is missing or wrong."""
         for name in ("config", "data", "scale"):
             if prefix + name not in tensors:
-                raise ValueError(
-                    f"state dict has no {prefix + name!r}; a quantized weight needs it"
-                )
+                raise ValueError(f"state dict has no {prefix + name!r} of a quantized weight")
         values: dict[str, Any] = {n: tensors.get(prefix + n) for n in NAMES if n not in SETTINGS}
         settings = json.loads(bytes(tensors[prefix + "config"].tolist()))
         if sorted(settings) != sorted(SETTINGS):
