@@ -10,7 +10,7 @@ from fastrl.kernels.quant.library import ACTIVATIONS
 from fastrl.kernels.quant.weight import FLOATS, QuantizedRows, QuantizedWeight, check_width
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
-HAS: tuple[str, ...] = ()
+HAS: tuple[str, ...] = ("cpu",)
 
 
 def quantize_rows(x: Tensor, *, impl: str = "auto") -> QuantizedRows:
