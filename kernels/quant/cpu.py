@@ -1,5 +1,7 @@
 """The operators of library.py on a CPU: what csrc/cpu/quant.cpp and dequant.cpp are called with."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,7 +91,7 @@ def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
     out = x.new_empty((*x.shape[:-1], w.rows), dtype=out_dtype)
     x = x.reshape(-1, w.columns).contiguous()
     if w.compute == "bf16":
-        x = x.bfloat16()
+        x, w = x.bfloat16(), replace(w, scale=torch.ones_like(w.scale))
     elif w.compute == "fp8":
         x, x_scale = fp8_rows(x)
     elif x_scale is None:

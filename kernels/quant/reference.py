@@ -42,7 +42,8 @@ def lane_sum(x: Tensor) -> Tensor:
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
     x = x.float()
     mean = lane_sum(x * x) * (1.0 / x.shape[-1])
-    inverse = 1.0 / torch.sqrt(mean + eps)
+    # In float64 and back, which is the rounded root: torch's own for float32 is off by one at times.
+    inverse = 1.0 / torch.sqrt((mean + eps).double()).float()
     return (x * inverse.unsqueeze(-1)) * (weight.float() + weight_offset)
 
 
