@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrl.kernels.quant.weight import QuantizedWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-MODULES = {"reference": "plain", "cpu": "cpu"}  # of each implementation
+MODULES = {"reference": "plain", "cpu": "cpu", "scaled": "scaled"}  # of each implementation
 
 _WEIGHT = (
     "Tensor data, Tensor scale, Tensor? absmax, Tensor? code, Tensor? nested_absmax, "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastrl.kernels.native import choose
 from fastrl.kernels.quant.library import ACTIVATIONS
+from fastrl.kernels.quant.scaled import fits
 from fastrl.kernels.quant.weight import FLOATS, QuantizedRows, QuantizedWeight, check_width
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
@@ -138,13 +139,14 @@ def quantized_linear(
     out_dtype = out_dtype or (data.dtype if scale is None else torch.float32)
     if out_dtype not in FLOATS:
         raise ValueError(f"{op}: out_dtype={out_dtype} must be float32, bfloat16 or float16")
+    scaled = impl == "auto" and scale is None and fits(data, qweight)
     return torch.ops.fastrl.quantized_linear(
         data.detach(),
         scale,
         None if bias is None else bias.detach(),
         out_dtype,
         *qweight.arguments,
-        choose(op, impl, data.device, HAS),
+        "scaled" if scaled else choose(op, impl, data.device, HAS),
     )
 
 
