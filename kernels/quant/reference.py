@@ -42,7 +42,7 @@ def lane_sum(x: Tensor) -> Tensor:
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
     x = x.float()
     mean = lane_sum(x * x) * (1.0 / x.shape[-1])
-    # In float64 and back, which is the rounded root: torch's own for float32 is off by one at times.
+    # In float64 and back, which rounds rightly: torch's float32 root is off by one at times.
     inverse = 1.0 / torch.sqrt((mean + eps).double()).float()
     return (x * inverse.unsqueeze(-1)) * (weight.float() + weight_offset)
 
