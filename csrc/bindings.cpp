@@ -224,9 +224,8 @@ void quantized_linear_cpu(const QuantLinearArgs& args, int threads) {
 void dequantized_linear_cpu(const QuantLinearArgs& args, int threads) {
   FASTRL_DISPATCH(dequantized_linear, args, threads)
 }
-void dequantize_cpu(const DequantizeArgs& args, int threads) {
-  FASTRL_DISPATCH(dequantize, args, threads)
-}
+void dequantize_cpu(const DequantizeArgs& args,
+                    int threads){FASTRL_DISPATCH(dequantize, args, threads)}
 
 QuantWeight quant_weight(QuantWeight::Scheme scheme, int64_t rows, int64_t columns, int64_t stride,
                          Address data, Address scale, int64_t block, Address absmax, Address code,

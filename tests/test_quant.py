@@ -442,7 +442,7 @@ def test_opcheck():
     x, weight, bias = draw(5, 17, 70, torch.bfloat16)
     ops = torch.ops.fastrl
     check = torch.library.opcheck
-    for scheme in SCHEMES:
+    for scheme in set(SCHEMES) - {"fp8"}:  # opcheck itself cannot compare float8 tensors
         arguments = make(weight, scheme).arguments
         check(ops.quantized_linear.default, (x, None, bias, torch.float32, *arguments, "cpu"))
         check(ops.dequantize.default, (torch.bfloat16, *arguments, "cpu"))
@@ -515,7 +515,7 @@ def test_wrong_arguments_are_named(change, says):
 
 def test_quantized_rows_need_an_integer_product():
     rows = quantize_rows(torch.zeros(2, 6))
-    with pytest.raises(ValueError, match="x is int8 rows, but .* is 'fp8'"):
+    with pytest.raises(ValueError, match=r"x is int8 rows, but .* is 'fp8'"):
         quantized_linear(rows, quantize(torch.ones(4, 6), "fp8"))
 
 

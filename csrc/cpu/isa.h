@@ -27,8 +27,7 @@ std::vector<Isa> supported_isas();  // compiled in and able to run on this machi
 
 }  // namespace fastrl
 
-#define FASTRL_FOR_EACH_ISA(X) \
-  X(generic) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16) X(amx)
+#define FASTRL_FOR_EACH_ISA(X) X(generic) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16) X(amx)
 
 #ifdef FASTRL_HAS_AVX2
 #define FASTRL_CASE_AVX2(fn, ...) \

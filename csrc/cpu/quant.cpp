@@ -85,7 +85,7 @@ class Block {
     }
     if constexpr (kShifted) {
       for (int64_t r = 0; r < rows; ++r) {
-        shift_[r] = shift_of(data_ + r * depth_, depth_);
+        start_[r] = -shift_of(data_ + r * depth_, depth_);
       }
     }
   }
@@ -97,17 +97,15 @@ class Block {
     const int64_t slice = kDepth == 4 && count == 1 && last == 1 ? all : kWords;
     for (int64_t k = 0; k < all; k += slice) {
       const int64_t steps = std::min(slice, all - k);
-      const WeightRows rows = slice_of(k, steps);
+      WeightRows rows = slice_of(k, steps);
+      rows.start = k == 0 ? start_ : nullptr;
       for (int64_t p = 0; p < count; ++p) {
         multiply_slice(rows, steps, panels + (p * all + k) * kPanel,
-                       p + 1 < count ? kVectors : last, sums(p), k == 0);
+                       p + 1 < count ? kVectors : last, sums(p));
       }
     }
     for (int64_t p = 0; p < count; ++p) {
       const int64_t first = m0 + p * kPanel, n = std::min<int64_t>(kPanel, m0 + tokens - first);
-      if constexpr (kShifted) {
-        unshift(sums(p), ceil_div(n, kLanes));
-      }
       float scale[kPanel] = {};
       std::copy(a_.x_scale + first, a_.x_scale + first + n, scale);
       store_panel(a_, sums(p), n0_, rows_, first, n, scale);
@@ -138,22 +136,14 @@ class Block {
   WeightRows slice_of(int64_t k, [[maybe_unused]] int64_t steps) {
     const int8_t* from = data_ + k * kDepth;
     if constexpr (kDepth == 4) {
-      return {reinterpret_cast<const char*>(from), depth_, rows_};
+      return {reinterpret_cast<const char*>(from), depth_, rows_, nullptr};
     } else {
       for (int64_t r = 0; r < rows_; ++r) {
         for (int64_t i = 0; i < steps * 2; ++i) {
           wide_[r * kWords * 2 + i] = from[r * depth_ + i];
         }
       }
-      return {reinterpret_cast<const char*>(wide_.get()), kWords * 4, rows_};
-    }
-  }
-
-  void unshift(int32_t* sums, int64_t vectors) const {
-    for (int64_t r = 0; r < rows_; ++r) {
-      for (int64_t i = 0; i < vectors * kLanes; ++i) {
-        sums[r * kPanel + i] -= shift_[r];
-      }
+      return {reinterpret_cast<const char*>(wide_.get()), kWords * 4, rows_, nullptr};
     }
   }
 
@@ -163,7 +153,7 @@ class Block {
   std::unique_ptr<Buffer<int8_t>> unpacked_;
   Buffer<int16_t> wide_{kDepth == 2 ? kWeightRows * kWords * 2 : 0};
   Buffer<int32_t> sums_{kTogether * kWeightRows * kPanel};  // [panel][kWeightRows][kPanel]
-  int32_t shift_[kWeightRows];
+  int32_t start_[kWeightRows] = {};
 };
 
 // Enough blocks for the threads to share evenly; few tokens take rows that stay in L2.

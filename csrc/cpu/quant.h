@@ -14,12 +14,12 @@ struct QuantWeight {
   enum class Scheme { int8, four_bit, fp8 };
   Scheme scheme;
   int64_t rows, columns;
-  int64_t stride;        // elements from one stored row to the next; two are a byte in four_bit
+  int64_t stride;  // elements from one stored row to the next; two are a byte in four_bit
   const uint8_t* data;
-  const float* scale;    // [rows]
-  int64_t block;         // four_bit: elements that share an absmax, counted through all rows
-  const void* absmax;    // float, or uint8_t when nested
-  const float* code;     // [16]
+  const float* scale;          // [rows]
+  int64_t block;               // four_bit: elements that share an absmax, counted through all rows
+  const void* absmax;          // float, or uint8_t when nested
+  const float* code;           // [16]
   const float* nested_absmax;  // null unless nested: one for each 256 absmaxes
   const float* nested_code;    // [256]
   float nested_offset;
@@ -52,12 +52,12 @@ struct PoolScoreArgs {
   int64_t rows, width, heads;
   Float type;
   const void* hidden;
-  const int64_t* last;   // [rows], rows of hidden
-  const float* weight;   // of the norm, with the offset added
-  const float* head;     // [heads, width]
-  const float* bias;     // [heads] or null
+  const int64_t* last;  // [rows], rows of hidden
+  const float* weight;  // of the norm, with the offset added
+  const float* head;    // [heads, width]
+  const float* bias;    // [heads] or null
   float reciprocal_width, eps;
-  float* score;          // [rows, heads]
+  float* score;  // [rows, heads]
 };
 
 // out[m, n] = (sum_k x[m, k] w[n, k] * x_scale[m]) * w.scale[n] + bias[n].
@@ -66,9 +66,9 @@ struct QuantLinearArgs {
   const void* x;         // int8; for products in floats bf16 (scale null) or e4m3
   const float* x_scale;  // [rows]
   QuantWeight weight;
-  const float* bias;     // [n] or null
+  const float* bias;  // [n] or null
   Float out_type;
-  void* out;             // [rows, n]
+  void* out;  // [rows, n]
 };
 
 struct DequantizeArgs {
@@ -77,15 +77,15 @@ struct DequantizeArgs {
   void* out;  // [rows, columns]
 };
 
-#define FASTRL_DECLARE_QUANT(isa)                                       \
-  namespace isa {                                                       \
-  void quantize_rows(const QuantRowsArgs& args, int threads);           \
-  void rmsnorm_quant(const RmsnormQuantArgs& args, int threads);        \
-  void glu_quant(const GluQuantArgs& args, int threads);                \
-  void pool_score(const PoolScoreArgs& args, int threads);              \
-  void quantized_linear(const QuantLinearArgs& args, int threads);      \
-  void dequantized_linear(const QuantLinearArgs& args, int threads);    \
-  void dequantize(const DequantizeArgs& args, int threads);             \
+#define FASTRL_DECLARE_QUANT(isa)                                    \
+  namespace isa {                                                    \
+  void quantize_rows(const QuantRowsArgs& args, int threads);        \
+  void rmsnorm_quant(const RmsnormQuantArgs& args, int threads);     \
+  void glu_quant(const GluQuantArgs& args, int threads);             \
+  void pool_score(const PoolScoreArgs& args, int threads);           \
+  void quantized_linear(const QuantLinearArgs& args, int threads);   \
+  void dequantized_linear(const QuantLinearArgs& args, int threads); \
+  void dequantize(const DequantizeArgs& args, int threads);          \
   }
 FASTRL_FOR_EACH_ISA(FASTRL_DECLARE_QUANT)
 

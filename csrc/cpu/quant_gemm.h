@@ -81,14 +81,15 @@ inline IVec multiply_add(IVec sum, int32_t weight, IVec tokens) {
 struct WeightRows {
   const char* data;
   int64_t stride, rows;
+  const int32_t* start;  // what each row's sums start from; null: they are added to
   // The last row stands for those behind it: computed, never used.
   const char* row(int64_t r) const { return data + std::min(r, rows - 1) * stride; }
 };
 
-// R x V vectors of C from `count` words of depth, stored if first, else added. See gemm.h.
+// R x V vectors of C from `count` words of depth. See gemm.h.
 template <int R, int V>
 __attribute__((noinline)) void multiply_words(const WeightRows& w, int64_t r0, int64_t count,
-                                              const uint32_t* panel, int32_t* c, bool first) {
+                                              const uint32_t* panel, int32_t* c) {
   const char* rows[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -123,11 +124,13 @@ __attribute__((noinline)) void multiply_words(const WeightRows& w, int64_t r0, i
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       int32_t* to = c + (r0 + r) * kPanel + j * kLanes;
-      if (!first) {
-        IVec before;
+      IVec before;
+      if (w.start) {
+        before = IVec{} + w.start[r0 + r];
+      } else {
         std::memcpy(&before, to, sizeof before);
-        sum[r][j] += before;
       }
+      sum[r][j] += before;
       std::memcpy(to, &sum[r][j], sizeof sum[r][j]);
     }
   }
@@ -151,10 +154,10 @@ inline void load_weights(const WeightRows& w, int64_t r, int64_t at) {
 // 32 weight rows times 16 V tokens, `count` words deep.
 template <int V>
 void multiply_bytes(const WeightRows& w, int64_t r, int64_t count, const uint32_t* panel,
-                    int32_t* c, bool first) {
+                    int32_t* c) {
   int32_t* to = c + r * kPanel;
   constexpr int64_t kStride = kPanel * 4;
-  if (first) {
+  if (w.start) {  // from 0: only shifted sums start elsewhere
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();
@@ -191,19 +194,19 @@ void multiply_bytes(const WeightRows& w, int64_t r, int64_t count, const uint32_
 
 // C = or += weight rows times `vectors` vectors of a panel, `count` words deep.
 inline void multiply_slice(const WeightRows& w, int64_t count, const uint32_t* panel, int vectors,
-                           int32_t* c, bool first) {
+                           int32_t* c) {
 #ifdef FASTRL_TILES
   const Tiles tiles;
   for (int j = 0; j < vectors; j += 2) {
     const auto run = vectors - j == 1 ? multiply_bytes<1> : multiply_bytes<2>;
     for (int64_t r = 0; r < w.rows; r += 32) {
-      run(w, r, count, panel + j * 16, c + j * 16, first);
+      run(w, r, count, panel + j * 16, c + j * 16);
     }
   }
 #else
   const auto run = [&](auto multiply, int rows) {
     for (int64_t r = 0; r < w.rows; r += rows) {
-      multiply(w, r, count, panel, c, first);
+      multiply(w, r, count, panel, c);
     }
   };
   if (vectors == 1) {

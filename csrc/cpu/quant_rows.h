@@ -146,8 +146,8 @@ class FourBit {
 #if defined(__AVX2__)
     const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
     const __m128i low = _mm_set1_epi8(15);
-    const __m128i index = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(both, 4), low),
-                                            _mm_and_si128(both, low));
+    const __m128i index =
+        _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(both, 4), low), _mm_and_si128(both, low));
 #endif
 #if defined(__AVX512F__)
     // With masks of all lanes: the plain intrinsics warn of the operand that they leave undefined.

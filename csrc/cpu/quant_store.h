@@ -18,29 +18,41 @@ inline Vec as_floats(const int32_t* from) {
 inline Vec as_floats(const float* from) { return load(from); }
 
 // Writes out[m0 + i, n0 + r] for the first `tokens` of a panel and the first `rows` of its weight
-// rows; sums[r][kPanel], readable up to a multiple of kLanes rows, and x_scale[kPanel].
+// rows; sums[r][kPanel], readable up to a multiple of kLanes rows, and x_scale[kPanel]. A token's
+// outputs are written one after the other.
 template <class Sum>
 void store_panel(const QuantLinearArgs& a, const Sum* sums, int64_t n0, int64_t rows, int64_t m0,
                  int64_t tokens, const float* x_scale) {
   const int64_t out_rows = a.weight.rows, size = bytes(a.out_type);
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, rows - r);
-    for (int64_t i = 0; i < tokens; i += kLanes) {
-      const Vec scale = load(x_scale + i);
+  const auto some = [](const float* from, int64_t count) {
+    float lanes[kLanes] = {};
+    std::copy(from, from + count, lanes);
+    return load(lanes);
+  };
+  for (int64_t i = 0; i < tokens; i += kLanes) {
+    const int64_t present = std::min<int64_t>(kLanes, tokens - i);
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, rows - r);
+      const Vec scale = some(a.weight.scale + n0 + r, count);
+      const Vec bias = a.bias ? some(a.bias + n0 + r, count) : Vec{};
       Vec y[kLanes];
       for (int j = 0; j < kLanes; ++j) {
-        const int64_t n = n0 + r + std::min<int64_t>(j, count - 1);
-        y[j] = (as_floats(sums + (r + j) * kPanel + i) * scale) * a.weight.scale[n];
-        if (a.bias) {
-          y[j] = y[j] + a.bias[n];
-        }
+        y[j] = as_floats(sums + (r + j) * kPanel + i);
       }
       transpose(y);
-      for (int64_t t = 0; t < std::min<int64_t>(kLanes, tokens - i); ++t) {
+      char* to = static_cast<char*>(a.out) + ((m0 + i) * out_rows + n0 + r) * size;
+      for (int64_t t = 0; t < present; ++t, to += out_rows * size) {
+        Vec out = (y[t] * x_scale[i + t]) * scale;
+        out = a.bias ? out + bias : out;
         float row[kLanes];
-        store(row, y[t]);
-        char* to = static_cast<char*>(a.out) + ((m0 + i + t) * out_rows + n0 + r) * size;
-        from_floats(row, a.out_type, count, to);
+        store(row, out);
+        if (count < kLanes) {
+          from_floats(row, a.out_type, count, to);
+        } else if (a.out_type == Float::f32) {
+          store(reinterpret_cast<float*>(to), out);
+        } else {
+          from_floats(row, a.out_type, kLanes, to);
+        }
       }
     }
   }
