@@ -57,7 +57,7 @@ def onednn(weight):
     qweight = quantize(weight)
     columns = weight.shape[1]
     packed = torch.ops.onednn.qlinear_prepack(
-        qweight.data[:, :columns].t().contiguous().t().t(), None
+        qweight.data[:, :columns].t(), None
     )
     zeros = torch.zeros(len(weight), dtype=torch.int64)
 
