@@ -56,9 +56,7 @@ def onednn(weight):
     """oneDNN's int8 linear with its own epilogue; one scale for all activations, given."""
     qweight = quantize(weight)
     columns = weight.shape[1]
-    packed = torch.ops.onednn.qlinear_prepack(
-        qweight.data[:, :columns].t(), None
-    )
+    packed = torch.ops.onednn.qlinear_prepack(qweight.data[:, :columns].t(), None)
     zeros = torch.zeros(len(weight), dtype=torch.int64)
 
     def run(x):

@@ -69,14 +69,15 @@ def _settings(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     key = name + _STATE + "nf4"
     try:
         settings = json.loads(bytes(tensors[key].tolist()))
-        rows, _columns = settings["shape"]
-        assert rows >= 0 and settings["quant_type"] == "nf4" and settings["blocksize"] > 0
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        _rows, _columns = settings["shape"]
+        if settings["quant_type"] != "nf4":
+            raise ValueError(f"quant_type is {settings['quant_type']!r}")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{key} must be JSON with quant_type nf4, a blocksize and a shape [N, K]: {error!r}"
         ) from error
-    if settings["blocksize"] not in BLOCKS["nf4"]:
-        raise ValueError(f"{key}: blocksize={settings['blocksize']} is not of {BLOCKS['nf4']}")
+    if settings.get("blocksize") not in BLOCKS["nf4"]:
+        raise ValueError(f"{key}: blocksize={settings.get('blocksize')} is not of {BLOCKS['nf4']}")
     return settings
 
 
