@@ -10,6 +10,7 @@
 #include "cpu/logits.h"
 #include "cpu/logprob.h"
 #include "cpu/peak.h"
+#include "cpu/quant.h"
 #include "cpu/sample.h"
 #include "cpu/scan.h"
 #ifdef FASTRL_HAS_CUDA
@@ -26,8 +27,10 @@ using fastrl::DecodeArgs;
 using fastrl::DecodeLayer;
 using fastrl::DecodeLinear;
 using fastrl::DecodeModel;
+using fastrl::DequantizeArgs;
 using fastrl::Float;
 using fastrl::GaeArgs;
+using fastrl::GluQuantArgs;
 using fastrl::Heads;
 using fastrl::LinearArgs;
 using fastrl::LogitsArgs;
@@ -35,7 +38,12 @@ using fastrl::LogitsBackwardArgs;
 using fastrl::LogitsForwardArgs;
 using fastrl::LogprobBackwardArgs;
 using fastrl::LogprobForwardArgs;
+using fastrl::PoolScoreArgs;
+using fastrl::QuantLinearArgs;
+using fastrl::QuantRowsArgs;
+using fastrl::QuantWeight;
 using fastrl::ReturnsArgs;
+using fastrl::RmsnormQuantArgs;
 using fastrl::SampleArgs;
 using fastrl::Segments;
 using fastrl::VtraceArgs;
@@ -220,6 +228,96 @@ DecodeArgs decode_args(int64_t rows, Address tokens, Address positions, Address 
           pointer<const float>(cosine),
           pointer<const float>(sine),
           pointer<void>(hidden)};
+}
+
+void quantize_rows_cpu(const QuantRowsArgs& args, int threads) {
+  FASTRL_DISPATCH(quantize_rows, args, threads)
+}
+void rmsnorm_quant_cpu(const RmsnormQuantArgs& args, int threads) {
+  FASTRL_DISPATCH(rmsnorm_quant, args, threads)
+}
+void glu_quant_cpu(const GluQuantArgs& args, int threads) {
+  FASTRL_DISPATCH(glu_quant, args, threads)
+}
+void pool_score_cpu(const PoolScoreArgs& args, int threads) {
+  FASTRL_DISPATCH(pool_score, args, threads)
+}
+void quantized_linear_cpu(const QuantLinearArgs& args, int threads) {
+  FASTRL_DISPATCH(quantized_linear, args, threads)
+}
+void dequantized_linear_cpu(const QuantLinearArgs& args, int threads) {
+  FASTRL_DISPATCH(dequantized_linear, args, threads)
+}
+void dequantize_cpu(const DequantizeArgs& args,
+                    int threads){FASTRL_DISPATCH(dequantize, args, threads)}
+
+QuantWeight quant_weight(QuantWeight::Scheme scheme, int64_t rows, int64_t columns, int64_t stride,
+                         Address data, Address scale, int64_t block, Address absmax, Address code,
+                         Address nested_absmax, Address nested_code, float nested_offset) {
+  return {scheme,
+          rows,
+          columns,
+          stride,
+          pointer<const uint8_t>(data),
+          pointer<const float>(scale),
+          block,
+          pointer<const void>(absmax),
+          pointer<const float>(code),
+          pointer<const float>(nested_absmax),
+          pointer<const float>(nested_code),
+          nested_offset};
+}
+
+QuantRowsArgs quant_rows_args(int64_t rows, int64_t width, Float type, Address x, Address data,
+                              Address scale) {
+  return {rows, width, type, pointer<const void>(x), pointer<int8_t>(data), pointer<float>(scale)};
+}
+
+RmsnormQuantArgs rmsnorm_quant_args(const QuantRowsArgs& at, Address residual, Address new_residual,
+                                    Address weight, float reciprocal_width, float eps) {
+  return {at,
+          pointer<const void>(residual),
+          pointer<void>(new_residual),
+          pointer<const float>(weight),
+          reciprocal_width,
+          eps};
+}
+
+GluQuantArgs glu_quant_args(const QuantRowsArgs& at, Address up, bool gelu) {
+  return {at, pointer<const void>(up), gelu};
+}
+
+PoolScoreArgs pool_score_args(int64_t rows, int64_t width, int64_t heads, Float type,
+                              Address hidden, Address last, Address weight, Address head,
+                              Address bias, float reciprocal_width, float eps, Address score) {
+  return {rows,
+          width,
+          heads,
+          type,
+          pointer<const void>(hidden),
+          pointer<const int64_t>(last),
+          pointer<const float>(weight),
+          pointer<const float>(head),
+          pointer<const float>(bias),
+          reciprocal_width,
+          eps,
+          pointer<float>(score)};
+}
+
+QuantLinearArgs quant_linear_args(int64_t rows, Address x, Address x_scale,
+                                  const QuantWeight& weight, Address bias, Float out_type,
+                                  Address out) {
+  return {rows,
+          pointer<const void>(x),
+          pointer<const float>(x_scale),
+          weight,
+          pointer<const float>(bias),
+          out_type,
+          pointer<void>(out)};
+}
+
+DequantizeArgs dequantize_args(const QuantWeight& weight, Float out_type, Address out) {
+  return {weight, out_type, pointer<void>(out)};
 }
 
 LinearArgs linear_args(int64_t rows, int64_t width, int64_t vocab, Address index, Address hidden,
@@ -435,6 +533,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_huge_pages", &use_huge_pages);
   py::class_<DecodeScratch>(m, "decode_scratch").def(py::init<>());
 
+  py::enum_<QuantWeight::Scheme>(m, "QuantScheme")
+      .value("int8", QuantWeight::Scheme::int8)
+      .value("four_bit", QuantWeight::Scheme::four_bit)
+      .value("fp8", QuantWeight::Scheme::fp8);
+  py::class_<QuantWeight>(m, "quant_weight").def(py::init(&quant_weight));
+  py::class_<QuantRowsArgs>(m, "quant_rows_args").def(py::init(&quant_rows_args));
+  py::class_<RmsnormQuantArgs>(m, "rmsnorm_quant_args").def(py::init(&rmsnorm_quant_args));
+  py::class_<GluQuantArgs>(m, "glu_quant_args").def(py::init(&glu_quant_args));
+  py::class_<PoolScoreArgs>(m, "pool_score_args").def(py::init(&pool_score_args));
+  py::class_<QuantLinearArgs>(m, "quant_linear_args").def(py::init(&quant_linear_args));
+  py::class_<DequantizeArgs>(m, "dequantize_args").def(py::init(&dequantize_args));
+
+  m.def("quantize_rows_cpu", &quantize_rows_cpu, release());
+  m.def("rmsnorm_quant_cpu", &rmsnorm_quant_cpu, release());
+  m.def("glu_quant_cpu", &glu_quant_cpu, release());
+  m.def("pool_score_cpu", &pool_score_cpu, release());
+  m.def("quantized_linear_cpu", &quantized_linear_cpu, release());
+  m.def("dequantized_linear_cpu", &dequantized_linear_cpu, release());
+  m.def("dequantize_cpu", &dequantize_cpu, release());
   m.def("decode_cpu", &decode_cpu, release());
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
   m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());

@@ -15,7 +15,8 @@
 namespace fastrl {
 namespace {
 
-constexpr Isa kAll[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+constexpr Isa kAll[] = {Isa::generic,     Isa::avx2,        Isa::avx512,
+                        Isa::avx512_vnni, Isa::avx512_bf16, Isa::amx};
 
 bool compiled(Isa isa) {
   switch (isa) {
@@ -29,6 +30,12 @@ bool compiled(Isa isa) {
 #endif
     case Isa::avx512:
 #ifdef FASTRL_HAS_AVX512
+      return true;
+#else
+      return false;
+#endif
+    case Isa::avx512_vnni:
+#ifdef FASTRL_HAS_AVX512_VNNI
       return true;
 #else
       return false;
@@ -61,10 +68,9 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bf16");
-}
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 // Linux keeps the tile registers from a process until it asks: the signal frame grows by 8 KB.
 [[maybe_unused]] bool request_tiles() {
@@ -100,6 +106,8 @@ bool runs_here(Isa isa) {
       return has_avx2();
     case Isa::avx512:
       return has_avx512();
+    case Isa::avx512_vnni:
+      return has_avx512_vnni();
     case Isa::avx512_bf16:
       return has_avx512_bf16();
     case Isa::amx:
@@ -138,7 +146,8 @@ Isa choose() {
     return isa;
   }
   throw std::invalid_argument(std::string("FASTRL_ISA=") + asked +
-                              " is unknown; use one of generic, avx2, avx512, avx512_bf16, amx");
+                              " is unknown; use one of generic, avx2, avx512, avx512_vnni, "
+                              "avx512_bf16, amx");
 }
 
 }  // namespace
@@ -156,6 +165,8 @@ std::string isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_vnni:
+      return "avx512_vnni";
     case Isa::avx512_bf16:
       return "avx512_bf16";
     case Isa::amx:

@@ -15,7 +15,7 @@
 
 namespace fastrl {
 
-enum class Isa { generic, avx2, avx512, avx512_bf16, amx };
+enum class Isa { generic, avx2, avx512, avx512_vnni, avx512_bf16, amx };
 
 // The set in use: the best that was compiled in and that this machine has, capped by FASTRL_ISA.
 // Throws std::invalid_argument when FASTRL_ISA names an unknown one or one that cannot run here.
@@ -27,7 +27,7 @@ std::vector<Isa> supported_isas();  // compiled in and able to run on this machi
 
 }  // namespace fastrl
 
-#define FASTRL_FOR_EACH_ISA(X) X(generic) X(avx2) X(avx512) X(avx512_bf16) X(amx)
+#define FASTRL_FOR_EACH_ISA(X) X(generic) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16) X(amx)
 
 #ifdef FASTRL_HAS_AVX2
 #define FASTRL_CASE_AVX2(fn, ...) \
@@ -42,6 +42,13 @@ std::vector<Isa> supported_isas();  // compiled in and able to run on this machi
     return ::fastrl::avx512::fn(__VA_ARGS__);
 #else
 #define FASTRL_CASE_AVX512(fn, ...)
+#endif
+#ifdef FASTRL_HAS_AVX512_VNNI
+#define FASTRL_CASE_AVX512_VNNI(fn, ...) \
+  case ::fastrl::Isa::avx512_vnni:       \
+    return ::fastrl::avx512_vnni::fn(__VA_ARGS__);
+#else
+#define FASTRL_CASE_AVX512_VNNI(fn, ...)
 #endif
 #ifdef FASTRL_HAS_AVX512_BF16
 #define FASTRL_CASE_AVX512_BF16(fn, ...) \
@@ -63,6 +70,7 @@ std::vector<Isa> supported_isas();  // compiled in and able to run on this machi
   switch (::fastrl::isa()) {                     \
     FASTRL_CASE_AMX(fn, __VA_ARGS__)             \
     FASTRL_CASE_AVX512_BF16(fn, __VA_ARGS__)     \
+    FASTRL_CASE_AVX512_VNNI(fn, __VA_ARGS__)     \
     FASTRL_CASE_AVX512(fn, __VA_ARGS__)          \
     FASTRL_CASE_AVX2(fn, __VA_ARGS__)            \
     default:                                     \

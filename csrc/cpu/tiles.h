@@ -2,8 +2,10 @@
 // 16 rows of 64 bytes.
 //
 //   C[16 x 16 floats] += A[16 x 32 bf16] * B[16 x 16 pairs of bf16]
+//   C[16 x 16 int32] += A[16 x 64 int8] * B[16 x 16 fours of int8]
 //
-// A is row-major as stored; a row of B holds 16 columns, each a pair of neighbours in depth.
+// A is row-major as stored; a row of B holds 16 columns, each a pair (or four) of neighbours in
+// depth.
 #pragma once
 
 #if defined(FASTRL_EMULATE_AMX)
@@ -38,6 +40,11 @@ inline void tile_store(void* to, int64_t stride) {
 template <int C, int A, int B>
 inline void tile_multiply_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+template <int C, int A, int B>
+inline void tile_multiply_int8() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 inline void tile_configure(const void* config) { _tile_loadconfig(config); }

@@ -6,6 +6,18 @@ from fastrl.kernels.attention.op import shared_prefix_attention
 from fastrl.kernels.logprob.op import HAS as _LOGPROB
 from fastrl.kernels.logprob.op import linear_logprob, linear_sample, logprob_from_logits
 from fastrl.kernels.logprob.reference import LogProbs, Samples
+from fastrl.kernels.quant.blobs import weight_from_bitsandbytes
+from fastrl.kernels.quant.op import HAS as _QUANT
+from fastrl.kernels.quant.op import (
+    dequantize,
+    glu_quant,
+    pool_score,
+    quantize_rows,
+    quantized_linear,
+    rmsnorm_quant,
+)
+from fastrl.kernels.quant.schemes import quantize
+from fastrl.kernels.quant.weight import QuantizedRows, QuantizedWeight
 from fastrl.kernels.scan.op import HAS as _SCAN
 from fastrl.kernels.scan.op import discounted_returns, gae, vtrace
 
@@ -14,18 +26,35 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("discounted_returns", "gae", "vtrace"), _SCAN),
     **_LOGPROB,
     "shared_prefix_attention": _ATTENTION,
+    **dict.fromkeys(
+        (
+            *("dequantize", "glu_quant", "pool_score"),
+            *("quantize_rows", "quantized_linear", "rmsnorm_quant"),
+        ),
+        _QUANT,
+    ),
 }
 
 __all__ = [
     "IMPLEMENTATIONS",
     "GroupLayout",
     "LogProbs",
+    "QuantizedRows",
+    "QuantizedWeight",
     "Samples",
+    "dequantize",
     "discounted_returns",
     "gae",
+    "glu_quant",
     "linear_logprob",
     "linear_sample",
     "logprob_from_logits",
+    "pool_score",
+    "quantize",
+    "quantize_rows",
+    "quantized_linear",
+    "rmsnorm_quant",
     "shared_prefix_attention",
     "vtrace",
+    "weight_from_bitsandbytes",
 ]

@@ -78,6 +78,25 @@ inline void tile_multiply_bf16() {
   }
 }
 
+template <int C, int A, int B>
+inline void tile_multiply_int8() {
+  static_assert(C != A && C != B && A != B);
+  auto &c = tile<C>(), &a = tile<A>(), &b = tile<B>();
+  for (int m = 0; m < 16; ++m) {
+    uint32_t sum[16];  // wraps around, as the instruction's sums do
+    std::memcpy(sum, c[m], 64);
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 16; ++n) {
+        for (int i = 0; i < 4; ++i) {
+          const auto x = static_cast<int8_t>(a[m][4 * k + i]);
+          sum[n] += static_cast<uint32_t>(x * static_cast<int8_t>(b[k][4 * n + i]));
+        }
+      }
+    }
+    std::memcpy(c[m], sum, 64);
+  }
+}
+
 inline void tile_configure(const void* config) {
   const auto* bytes = static_cast<const uint8_t*>(config);
   for (int t = 0; t < 8; ++t) {

@@ -1,0 +1,1 @@
+"""Quantized weights and activations: see fastrl.kernels for the public functions."""

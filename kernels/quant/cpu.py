@@ -1,0 +1,118 @@
+"""The operators of library.py on a CPU: what csrc/cpu/quant.cpp and dequant.cpp are called with."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrl.kernels.native import module, pointer, threads
+from fastrl.kernels.quant.library import rows_like
+from fastrl.kernels.quant.reference import LANES, fp8_rows
+from fastrl.kernels.quant.weight import FLOATS, QuantizedWeight
+
+
+def _kind(dtype: torch.dtype):
+    c = module()
+    return {t: getattr(c.Float, str(t).removeprefix("torch.")) for t in FLOATS}[dtype]
+
+
+def _rows_args(x: Tensor, data: Tensor, scale: Tensor):
+    return module().quant_rows_args(
+        scale.numel(), x.shape[-1], _kind(x.dtype), pointer(x), pointer(data), pointer(scale)
+    )
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    data, scale = rows_like(x)
+    module().quantize_rows_cpu(_rows_args(x, data, scale), threads())
+    return data, scale
+
+
+def rmsnorm_quant(x, weight, residual, eps, weight_offset) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    data, scale = rows_like(x)
+    residual = None if residual is None else residual.contiguous()
+    new = x.new_empty(0 if residual is None else x.shape)
+    weight = weight.float() + weight_offset
+    addresses = map(pointer, (residual, new, weight))
+    c = module()
+    args = c.rmsnorm_quant_args(_rows_args(x, data, scale), *addresses, 1.0 / x.shape[-1], eps)
+    c.rmsnorm_quant_cpu(args, threads())
+    return data, scale, new
+
+
+def glu_quant(gate, up, activation) -> tuple[Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
+    data, scale = rows_like(gate)
+    c = module()
+    rows = _rows_args(gate, data, scale)
+    c.glu_quant_cpu(c.glu_quant_args(rows, pointer(up), activation == "gelu_tanh"), threads())
+    return data, scale
+
+
+def pool_score(hidden, last, norm_weight, head, bias, eps, weight_offset) -> Tensor:
+    hidden, last = hidden.contiguous(), last.contiguous()
+    width = hidden.shape[1]
+    weight = norm_weight.float() + weight_offset
+    head = F.pad(head.float(), (0, -width % LANES)).contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    score = hidden.new_empty((len(last), len(head)), dtype=torch.float32)
+    c = module()
+    args = c.pool_score_args(
+        *(len(last), width, len(head), _kind(hidden.dtype)),
+        *map(pointer, (hidden, last, weight, head, bias)),
+        *(1.0 / width, eps, pointer(score)),
+    )
+    c.pool_score_cpu(args, threads())
+    return score
+
+
+def _weight(w: QuantizedWeight):
+    """The same as `fastrl._C.quant_weight`, and the tensors it points into."""
+    c = module()
+    stride = w.columns
+    if w.scheme in ("int8", "int4"):  # stored rows are longer
+        stride = w.data.shape[1] * (1 if w.scheme == "int8" else 2)
+    kept = [None if t is None else t.contiguous() for t in w.arguments[:6]]
+    data, scale, absmax, code, nested_absmax, nested_code = map(pointer, kept)
+    kind = {"int8": c.QuantScheme.int8, "fp8": c.QuantScheme.fp8}
+    weight = c.quant_weight(
+        *(kind.get(w.scheme, c.QuantScheme.four_bit), *w.shape, stride, data, scale),
+        *(w.block, absmax, code, nested_absmax, nested_code),
+        0.0 if w.nested_offset is None else float(w.nested_offset),
+    )
+    return weight, kept
+
+
+def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
+    w = QuantizedWeight(*weight)
+    out = x.new_empty((*x.shape[:-1], w.rows), dtype=out_dtype)
+    x = x.reshape(-1, w.columns).contiguous()
+    if w.compute == "bf16":
+        x, w = x.bfloat16(), replace(w, scale=torch.ones_like(w.scale))
+    elif w.compute == "fp8":
+        x, x_scale = fp8_rows(x)
+    elif x_scale is None:
+        x, x_scale = quantize_rows(x)
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    stored, _kept = _weight(w)
+    c = module()
+    args = c.quant_linear_args(
+        *(len(x), pointer(x), pointer(x_scale), stored, pointer(bias)),
+        *(_kind(out_dtype), pointer(out)),
+    )
+    run = c.quantized_linear_cpu if w.compute == "int8" else c.dequantized_linear_cpu
+    run(args, threads())
+    return out
+
+
+def dequantize(dtype, *weight) -> Tensor:
+    w = QuantizedWeight(*weight)
+    out = w.data.new_empty(w.shape, dtype=dtype)
+    stored, _kept = _weight(w)
+    c = module()
+    c.dequantize_cpu(c.dequantize_args(stored, _kind(dtype), pointer(out)), threads())
+    return out

@@ -1,0 +1,87 @@
+"""The torch operators of this family: schemas, fakes, call of an implementation.
+
+An implementation is a module beside this one with functions of the operators' names, which take
+the operators' arguments but `impl` and return their results. None has a gradient.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels.quant.weight import QuantizedWeight
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+MODULES = {"reference": "plain", "cpu": "cpu", "scaled": "scaled"}  # of each implementation
+
+_WEIGHT = (
+    "Tensor data, Tensor scale, Tensor? absmax, Tensor? code, Tensor? nested_absmax, "
+    "Tensor? nested_code, Tensor? nested_offset, str scheme, int rows, int columns, int block, "
+    "str compute"
+)
+_SCHEMAS = {
+    "quantize_rows": "(Tensor x, str impl) -> (Tensor, Tensor)",
+    "rmsnorm_quant": (
+        "(Tensor x, Tensor weight, Tensor? residual, float eps, float weight_offset, str impl)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "glu_quant": "(Tensor gate, Tensor up, str activation, str impl) -> (Tensor, Tensor)",
+    "pool_score": (
+        "(Tensor hidden, Tensor last, Tensor norm_weight, Tensor head, Tensor? bias, float eps, "
+        "float weight_offset, str impl) -> Tensor"
+    ),
+    "quantized_linear": (
+        "(Tensor x, Tensor? x_scale, Tensor? bias, ScalarType out_dtype, "
+        f"{_WEIGHT}, str impl) -> Tensor"
+    ),
+    "dequantize": f"(ScalarType dtype, {_WEIGHT}, str impl) -> Tensor",
+}
+
+
+def rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Unwritten int8 rows and scales for x [..., K]."""
+    data = x.new_empty(x.shape, dtype=torch.int8)
+    return data, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _fake_rmsnorm_quant(x, weight, residual, eps, weight_offset, impl):
+    return *rows_like(x), x.new_empty(0 if residual is None else x.shape)
+
+
+def _fake_linear(x, x_scale, bias, out_dtype, *weight):
+    w = QuantizedWeight(*weight[:-1])
+    return x.new_empty((*x.shape[:-1], w.rows), dtype=out_dtype)
+
+
+def _fake_dequantize(dtype, *weight):
+    w = QuantizedWeight(*weight[:-1])
+    return w.data.new_empty(w.shape, dtype=dtype)
+
+
+_FAKES = {
+    "quantize_rows": lambda x, impl: rows_like(x),
+    "rmsnorm_quant": _fake_rmsnorm_quant,
+    "glu_quant": lambda gate, up, activation, impl: rows_like(gate),
+    "pool_score": lambda hidden, last, norm_weight, head, *_: hidden.new_empty(
+        (len(last), len(head)), dtype=torch.float32
+    ),
+    "quantized_linear": _fake_linear,
+    "dequantize": _fake_dequantize,
+}
+
+_library = torch.library.Library("fastrl", "FRAGMENT")
+
+
+def _add(name: str) -> None:
+    def run(*arguments):
+        module = importlib.import_module(f"fastrl.kernels.quant.{MODULES[arguments[-1]]}")
+        return getattr(module, name)(*arguments[:-1])
+
+    _library.define(name + _SCHEMAS[name])
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"fastrl::{name}", _FAKES[name], lib=_library)
+
+
+for _name in _SCHEMAS:
+    _add(_name)
