@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForSequenceClassification
 from fastrl.models import character_tokenizer
 from fastrl.reward.reasoning_gym import make_problems, verifier
 
-TASK, TEMPLATE = "spell_backward", "{word} backward is "
+TASK, TEMPLATE = "spell_backward", "{word} > "
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 GROUP = 8
 
@@ -84,7 +84,7 @@ def main():
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     draw = random.Random(options.seed)
-    tokenizer = character_tokenizer(LETTERS + " '-.")
+    tokenizer = character_tokenizer(LETTERS + " '-.>")
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden,

@@ -23,6 +23,7 @@ ROTARY = {
     "gemma2": Gemma2RotaryEmbedding,
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ANGLES = 64  # positions whose angles are computed together
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -300,7 +301,15 @@ def _folder(path: str) -> Path:
 
 
 def rotary(config: Any, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[positions, head size]` float32, as Hugging Face's own module has them."""
+    """Cosines and sines `[positions, head size]` float32, as Hugging Face's own module has them.
+
+    Made a few positions at a time, so that those of one do not depend on how many there are: torch
+    computes the ends of a tensor, and of a thread's part of it, differently.
+    """
     module = ROTARY[config.model_type](config)
-    cos, sin = module(torch.empty(0), torch.arange(positions).unsqueeze(0))
-    return cos[0], sin[0]
+    pieces = [
+        module(torch.empty(0), torch.arange(i, min(i + ANGLES, positions)).unsqueeze(0))
+        for i in range(0, positions, ANGLES)
+    ]
+    cos, sin = (torch.cat([p[n][0] for p in pieces]) for n in (0, 1))
+    return cos, sin

@@ -16,6 +16,7 @@ from fastrl.kernels import (
 )
 
 BLOCK = 128  # rows of an unquantized product
+PIECE = 16384  # elements; half of what torch shares between threads
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,26 @@ def glu_rows(gate: Tensor, up: Tensor, activation: str, reader: Linear) -> Rows:
     """`activation(gate) * up` for the layer that reads it."""
     if reader.reads_int8:
         return Rows(None, glu_quant(gate, up, activation=activation))
-    wide = gate.float()
-    acted = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
+    acted = activate(gate.float(), activation)
     return Rows((acted * up.float()).to(gate.dtype), None)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """SiLU or GELU of x, each element's bits independent of where it stands.
+
+    torch computes the last elements of a tensor, and of each thread's part of one, by other
+    instructions than the rest. Whole pieces of one size, too small for two threads, have no such
+    elements.
+    """
+    out = x.new_zeros(-(-x.numel() // PIECE), PIECE)
+    flat = out.view(-1)[: x.numel()]
+    flat.copy_(x.flatten())
+    for piece in out:
+        if activation == "silu":
+            F.silu(piece, inplace=True)
+        else:
+            piece.copy_(F.gelu(piece, approximate="tanh"))
+    return flat.view(x.shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
