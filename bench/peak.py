@@ -16,7 +16,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # What /proc/cpuinfo calls the last thing that each instruction set adds.
-NEEDS = {"avx2": "avx2", "avx512": "avx512vl", "avx512_vnni": "avx512_vnni", "avx512_bf16": "avx512_bf16", "amx": "amx_bf16"}
+NEEDS = {
+    "avx2": "avx2",
+    "avx512": "avx512vl",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "amx": "amx_bf16",
+}
 # The figure that bounds a matrix product, of the figures of its instruction set.
 BOUND = {
     ("amx", "bfloat16"): "bf16_tiles",

@@ -1,6 +1,7 @@
 """Rewards: verifiers, reward functions and quantized reward models."""
 
 from fastrl.reward.checkpoint import Checkpoint, RewardModelError
+from fastrl.reward.fidelity import Fidelity, fidelity_report
 from fastrl.reward.functions import (
     RewardError,
     RewardFunction,
@@ -11,10 +12,12 @@ from fastrl.reward.model import QuantizedRewardModel
 
 __all__ = [
     "Checkpoint",
+    "Fidelity",
     "QuantizedRewardModel",
     "RewardError",
     "RewardFunction",
     "RewardModelError",
+    "fidelity_report",
     "load_reward_function",
     "score_completions",
 ]

@@ -1,4 +1,4 @@
-"""From a checkpoint to layers: which linears are quantized and how, smoothing, one layer at a time."""
+"""From a checkpoint to layers, one at a time: which linears are quantized and how, smoothing."""
 
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -101,7 +101,9 @@ def build_layers(
         inputs: dict[str, Tensor] | None = None
         if calibration is not None:
             inputs = calibration.advance(layer)
-        layers.append(_hold(_smoothed(layer, inputs) if inputs else layer, checkpoint, plan, device))
+        layers.append(
+            _hold(_smoothed(layer, inputs) if inputs else layer, checkpoint, plan, device)
+        )
     return layers
 
 
@@ -122,7 +124,9 @@ def layer_norms(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
     spec = checkpoint.spec
     sizes = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), spec.hidden)
     if spec.sandwich:
-        sizes |= dict.fromkeys(("pre_feedforward_layernorm", "post_feedforward_layernorm"), spec.hidden)
+        sizes |= dict.fromkeys(
+            ("pre_feedforward_layernorm", "post_feedforward_layernorm"), spec.hidden
+        )
     if spec.qk_norm:
         sizes |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), spec.head_size)
     return {
@@ -138,7 +142,9 @@ def _smoothed(layer: Layer, inputs: Mapping[str, Tensor]) -> Layer:
     a norm or the rows of v and up, divided by it.
     """
     s, norms = layer.spec, dict(layer.norms)
-    weights = {n: x.weight.float() for n, x in layer.linears.items() if isinstance(x.weight, Tensor)}
+    weights = {
+        n: x.weight.float() for n, x in layer.linears.items() if isinstance(x.weight, Tensor)
+    }
     into: dict[str, Tensor] = {}  # input scales
     outof: dict[str, Tensor] = {}  # output scales
 
@@ -189,7 +195,9 @@ def _hold(layer: Layer, checkpoint: Checkpoint, plan: Plan, device: torch.device
         elif scheme is not None:
             stored = f"model.layers.{layer.index}.{name}.weight"
             kept = quantize(weight.to(device), scheme, name=stored, **plan.options)
-        return Linear(kept, *(to(x, device) for x in (linear.bias, linear.input_scale, linear.output_scale)))
+        return Linear(
+            kept, *(to(x, device) for x in (linear.bias, linear.input_scale, linear.output_scale))
+        )
 
     return Layer(
         layer.spec,

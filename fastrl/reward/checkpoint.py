@@ -1,4 +1,4 @@
-"""A reward model on disk: its config, what the scoring forward needs of it, its tensors, checked."""
+"""A reward model on disk: its config, what the forward needs of it, its tensors, checked."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -123,7 +123,9 @@ class Spec:
         mlp = ((self.intermediate, self.hidden),) * 2 + ((self.hidden, self.intermediate),)
         shapes = dict(zip((*ATTENTION, *MLP), (*attention, *mlp), strict=True))
         return {
-            f"layers.{i}.{name}": shape for i in range(self.layers) for name, shape in shapes.items()
+            f"layers.{i}.{name}": shape
+            for i in range(self.layers)
+            for name, shape in shapes.items()
         }
 
 
@@ -204,8 +206,9 @@ class Checkpoint:
             )
         # What quantization adds to a weight stands behind its name.
         known = (*needed, *(f"{name}.{part}" for name in linears for part in ("bias", "SCB")))
-        whole, parts = set(known), tuple(f"{n}." for n in needed) + tuple(
-            f"{name}.weight_format" for name in linears
+        whole, parts = (
+            set(known),
+            tuple(f"{n}." for n in needed) + tuple(f"{name}.weight_format" for name in linears),
         )
         for name in self._tensors:
             bare = name.removeprefix("model.")
@@ -225,7 +228,9 @@ class Checkpoint:
     def parts(self, name: str) -> dict[str, Tensor]:
         """All tensors of a quantized linear, by what follows its name: `weight.absmax` and so on."""
         prefix = self._stored(name) + "."
-        return {n.removeprefix(prefix): self._tensors[n] for n in self._tensors if n.startswith(prefix)}
+        return {
+            n.removeprefix(prefix): self._tensors[n] for n in self._tensors if n.startswith(prefix)
+        }
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor as it is stored.
@@ -260,7 +265,7 @@ class Safetensors(Mapping[str, Tensor]):
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 file = safe_open(path, framework="pt")
-            except Exception as error:  # safetensors has its own types for what is not a file of its
+            except Exception as error:  # what is no file of theirs has types of its own
                 raise RewardModelError(f"{str(path)!r} does not open: {error}") from None
             self._files |= dict.fromkeys(file.keys(), file)
         if not self._files:

@@ -7,9 +7,7 @@ from torch import Tensor
 COMBINATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "mean": lambda scores, _: scores.mean(-1),
     "worst_case": lambda scores, _: scores.amin(-1),
-    "uncertainty": lambda scores, weight: (
-        scores.mean(-1) - weight * scores.var(-1, correction=0)
-    ),
+    "uncertainty": lambda scores, weight: scores.mean(-1) - weight * scores.var(-1, correction=0),
 }
 
 

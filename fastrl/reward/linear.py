@@ -53,6 +53,11 @@ class Linear:
     def nbytes(self) -> int:
         return self.weight.nbytes
 
+    def trace(self) -> bytes:
+        """Bytes that tell this weight from another: its scales where it is quantized, else all."""
+        of = self.weight.scale if isinstance(self.weight, QuantizedWeight) else self.weight
+        return of.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
     def __call__(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         """The product `[M, N]` in `dtype`."""
         if isinstance(self.weight, QuantizedWeight):

@@ -1,7 +1,8 @@
 """QuantizedRewardModel: scores of prompts and completions from a quantized reward model."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,16 @@ class QuantizedRewardModel:
             batch_tokens=batch_tokens,
         )
 
+    def fingerprint(self) -> str:
+        """Of scheme and weights: the same for models that give the same scores."""
+        digest = hashlib.blake2b(f"{self.scheme} {self.dtype} {self.spec}".encode(), digest_size=16)
+        for layer in self.layers:
+            for name, linear in sorted(layer.linears.items()):
+                digest.update(f"{name} {linear.nbytes}".encode() + linear.trace())
+        for tensor in (self._ends.norm, self._ends.head):
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
@@ -273,7 +284,8 @@ class Rotary:
         needed = int(positions.max()) + 1
         if needed > len(self._table[0]):
             count = max(256, 1 << (needed - 1).bit_length())
-            self._table = tuple(x.to(self._device) for x in rotary(self._config, count))
+            cos, sin = rotary(self._config, count)
+            self._table = (cos.to(self._device), sin.to(self._device))
         return Angles(*(x[positions].unsqueeze(1) for x in self._table))
 
 
@@ -288,7 +300,7 @@ def _calibration(
 ) -> Calibration:
     if isinstance(texts, str) or not len(texts):
         raise ValueError("smooth must be a sequence of at least one text or list of token ids")
-    used, tokens, known = [], 0, dict[str, Ids]()
+    used, tokens, known = list[Pair](), 0, dict[str, Ids]()
     for i, text in enumerate(texts):
         try:
             pair = encode_pair(text, "" if isinstance(text, str) else [], tokenizer, known)

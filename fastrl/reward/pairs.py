@@ -80,8 +80,10 @@ def encode_pair(prompt: Any, completion: Any, tokenizer: Any, known: dict[str, I
 def _is_ids(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dim() == 1 and not value.is_floating_point() and value.dtype != torch.bool
-    return not isinstance(value, str) and isinstance(value, Sequence) and all(
-        isinstance(x, int) and not isinstance(x, bool) for x in value
+    return (
+        not isinstance(value, str)
+        and isinstance(value, Sequence)
+        and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
     )
 
 
@@ -147,7 +149,12 @@ def _packed(pairs: Sequence[Pair], groups: Sequence[Sequence[int]]) -> tuple[lis
         [len(pairs[g[0]].prompt) for g in groups],
         [[len(pairs[row].completion) for row in g] for g in groups],
     )
-    ids = [t for g in groups for part in (pairs[g[0]].prompt, *(pairs[r].completion for r in g)) for t in part]
+    ids = [
+        t
+        for g in groups
+        for part in (pairs[g[0]].prompt, *(pairs[r].completion for r in g))
+        for t in part
+    ]
     pooled, at = [], 0
     for g in groups:
         at += len(pairs[g[0]].prompt)

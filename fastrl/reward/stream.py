@@ -3,15 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastrl.reward.checkpoint import Checkpoint
 from fastrl.reward.ensemble import combine
-from fastrl.reward.model import QuantizedRewardModel
+from fastrl.reward.model import CALIBRATION_TOKENS, QuantizedRewardModel
 from fastrl.reward.pairs import Ids, Pair, encode_pair
 
 WINDOW = 8  # batches between two writes
@@ -23,6 +24,59 @@ class Line(NamedTuple):
     number: int
     text: bytes
     end: int  # in bytes
+
+
+def load_scorer(
+    path: str,
+    scheme: str,
+    keep_bf16: Sequence[str],
+    smooth: Path | None,
+    device: str,
+    batch_tokens: int,
+) -> QuantizedRewardModel:
+    """The model that `fastrl score` names; `smooth` is a file like the one to score.
+
+    Raises `ValueError` as `QuantizedRewardModel.from_pretrained` does, and for options that do not
+    go with the scheme `bitsandbytes`.
+    """
+    if scheme == "bitsandbytes":
+        if keep_bf16 or smooth is not None:
+            raise ValueError(
+                "scheme 'bitsandbytes' takes a checkpoint as it is; it has no keep_bf16 and smooth"
+            )
+        return QuantizedRewardModel.from_bitsandbytes(
+            path, device=device, batch_tokens=batch_tokens
+        )
+    checkpoint = Checkpoint.open(path)
+    tokenizer = checkpoint.tokenizer()
+    texts = None if smooth is None else _calibration(smooth, tokenizer)
+    return QuantizedRewardModel.from_pretrained(
+        checkpoint,
+        scheme,
+        keep_bf16=keep_bf16,
+        smooth=texts,
+        tokenizer=tokenizer,
+        device=device,
+        batch_tokens=batch_tokens,
+    )
+
+
+def _calibration(path: Path, tokenizer: Any) -> list[Ids]:
+    """As many of a file's pairs, as token ids, as calibration reads."""
+    if not path.is_file():
+        raise ValueError(f"smooth file {str(path)!r} does not exist")
+    out, tokens = [], 0
+    with path.open("rb") as file:
+        for line in _lines(file):
+            try:
+                pair = _pair(line, tokenizer, {})
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line.number}: {error}") from None
+            out.append(pair.prompt + pair.completion)
+            tokens += len(out[-1])
+            if tokens >= CALIBRATION_TOKENS:
+                break
+    return out
 
 
 def score_file(
@@ -52,7 +106,7 @@ def score_file(
     with pairs.open("rb") as source, out.open("a+b") as sink, _progress(console) as progress:
         lines = _lines(source)
         done = _resume(sink, lines, seed, pairs, out)
-        bar = progress.add_task("", total=pairs.stat().st_size, pairs=done.count)
+        bar = progress.add_task("", total=pairs.stat().st_size, pairs=done.pairs)
         progress.update(bar, completed=done.end)
         for window, error in _windows(model, lines, pairs):
             scores = model.score_pairs([pair for _, pair in window])
@@ -69,7 +123,7 @@ def score_file(
             made += len(window)
             if window:
                 completed = window[-1][0].end
-                progress.update(bar, completed=completed, pairs=done.count + made)
+                progress.update(bar, completed=completed, pairs=done.pairs + made)
             if error is not None:
                 raise error
     return made
@@ -100,7 +154,8 @@ def _windows(
     tokens, known = 0, dict[str, Ids]()
     for line in lines:
         try:
-            pair = _pair(model, line, known)
+            pair = _pair(line, model.tokenizer, known)
+            model.check(pair)
         except ValueError as error:
             yield window, ValueError(f"{path}, line {line.number}: {error}")
             return
@@ -112,7 +167,7 @@ def _windows(
     yield window, None
 
 
-def _pair(model: QuantizedRewardModel, line: Line, known: dict[str, Ids]) -> Pair:
+def _pair(line: Line, tokenizer: Any, known: dict[str, Ids]) -> Pair:
     try:
         row: Any = json.loads(line.text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -121,9 +176,7 @@ def _pair(model: QuantizedRewardModel, line: Line, known: dict[str, Ids]) -> Pai
         raise ValueError(
             f"must be a JSON object with prompt and completion, got {line.text[:60].decode()!r}"
         )
-    pair = encode_pair(row["prompt"], row["completion"], model.tokenizer, known)
-    model.check(pair)
-    return pair
+    return encode_pair(row["prompt"], row["completion"], tokenizer, known)
 
 
 def _fingerprint(model: QuantizedRewardModel, *settings: Any) -> bytes:
@@ -137,7 +190,7 @@ def _digest(seed: bytes, line: Line) -> str:
 class Done(NamedTuple):
     """How much of the input has been scored: pairs, and bytes."""
 
-    count: int
+    pairs: int
     end: int
 
 
@@ -152,7 +205,9 @@ def _resume(sink: BinaryIO, lines: Iterator[Line], seed: bytes, pairs: Path, out
         try:
             made_from = json.loads(text)["pair"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise ValueError(f"{out}, line {count + 1}: not a score that was written here") from None
+            raise ValueError(
+                f"{out}, line {count + 1}: not a score that was written here"
+            ) from None
         if line is None or made_from != _digest(seed, line):
             of = f"line {line.number} of {pairs}" if line else f"{pairs}, which has fewer lines"
             raise ValueError(
