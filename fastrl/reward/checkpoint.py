@@ -226,7 +226,7 @@ class Checkpoint:
         return self._stored(name) in self._tensors
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """All tensors of a quantized linear, by what follows its name: `weight.absmax` and so on."""
+        """The tensors of a quantized linear, by what follows its name: `weight.absmax` ..."""
         prefix = self._stored(name) + "."
         return {
             n.removeprefix(prefix): self._tensors[n] for n in self._tensors if n.startswith(prefix)
