@@ -357,3 +357,33 @@ def test_other_models_are_refused(tmp_path):
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(RewardModelError, match="does not open"):
         QuantizedRewardModel.from_pretrained(tmp_path / "empty")
+
+
+# In a recipe.
+
+
+def test_a_recipe_names_a_reward_model(recipe, tmp_path):
+    from fastrl.train import ConfigError, loop, parse_config
+
+    path = tmp_path / "rm"
+    tiny(num_labels=2).save_pretrained(path)
+    character_tokenizer(TEXT).save_pretrained(path)
+    reward = {"model": str(path), "scheme": "int8", "ensemble": "mean", "weight": 2.0}
+    recipe["rewards"] += [reward]
+    setup = loop.prepare(parse_config(recipe))
+    rows = setup.train[:2]
+    scored = setup.rewards.score(rows, ["1", "2"])
+    model = QuantizedRewardModel.from_pretrained(path, "int8")
+    want = model.score([e.prompt for e in rows], ["1", "2"]).mean(1).tolist()
+    assert scored.parts["rm"] == want and len(scored.parts) == 2
+    for change, message in (
+        ({"ensemble": None}, "reward model .* has 2 heads"),
+        ({"model": str(tmp_path / "no")}, "reward model .* is not a directory"),
+        ({"model": None}, "give either function or model"),
+        ({"function": "a:b"}, "give either function or model"),
+        ({"model": None, "function": "a:b"}, "scheme, keep_bf16 and ensemble go with model"),
+        ({"scheme": "int3"}, "scheme"),
+    ):
+        recipe["rewards"][1] = reward | change
+        with pytest.raises(ConfigError, match=message):
+            loop.prepare(parse_config(recipe))

@@ -263,6 +263,7 @@ class QuantizedRewardModel:
         `mean - variance_weight * variance`. name is its `__name__`, under which it is logged.
         Raises `ValueError` for several heads without ensemble.
         """
+        # What is wrong with it is an error now.
         combine(torch.zeros(0, self.spec.scores).squeeze(1), ensemble, variance_weight)
 
         def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -101,6 +102,8 @@ def score_file(
         raise ValueError(f"pairs file {str(pairs)!r} does not exist")
     if out.exists() and pairs.samefile(out):
         raise ValueError(f"out={str(out)!r} is the pairs file itself")
+    if ensemble is not None:  # what is wrong with it is an error now
+        combine(torch.zeros(0, model.spec.scores), ensemble, variance_weight)
     seed = _fingerprint(model, ensemble, variance_weight)
     made = 0
     with pairs.open("rb") as source, out.open("a+b") as sink, _progress(console) as progress:
