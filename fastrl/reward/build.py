@@ -241,7 +241,8 @@ def _blob(
     checkpoint: Checkpoint, name: str, shape: tuple[int, int], device: torch.device
 ) -> Tensor | QuantizedWeight:
     parts = checkpoint.parts(name)
-    if parts["weight"].is_floating_point():
+    # Not by dtype: bitsandbytes may store its bytes as floats.
+    if not any(n == "SCB" or n.startswith("weight.") for n in parts):
         return checkpoint.get(f"{name}.weight", shape).to(device)
     stored = f"model.{name}"
     try:

@@ -164,11 +164,7 @@ class Checkpoint:
             raise RewardModelError(f"{source}: {error}") from None
         self._check_names()
         shape = (self.spec.scores, self.spec.hidden)
-        if self.get("score.weight").shape != shape:
-            raise RewardModelError(
-                f"{source}: 'score.weight' has shape {tuple(self.get('score.weight').shape)}, "
-                f"but the config's num_labels and hidden_size are {shape}"
-            )
+        self.get("score.weight", shape)
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -239,15 +235,20 @@ class Checkpoint:
         """
         stored = self._stored(name)
         tensor = self._tensors[stored].detach()
+        if not tensor.is_floating_point():
+            what = (
+                "save the model again with its score head left out of quantization"
+                if stored == "score.weight"
+                else "for weights quantized by bitsandbytes use "
+                "QuantizedRewardModel.from_bitsandbytes"
+            )
+            raise RewardModelError(
+                f"{self.source}: tensor {stored!r} is {tensor.dtype}, not a float; {what}"
+            )
         if shape is not None and tensor.shape != shape:
             raise RewardModelError(
                 f"{self.source}: tensor {stored!r} has shape {tuple(tensor.shape)}, the config "
                 f"asks for {tuple(shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise RewardModelError(
-                f"{self.source}: tensor {stored!r} is {tensor.dtype}, not a float; for weights "
-                "quantized by bitsandbytes use QuantizedRewardModel.from_bitsandbytes"
             )
         bad = (~tensor.isfinite()).sum().item()
         if bad:

@@ -164,7 +164,7 @@ class Reward(Section):
     def _one_source(self):
         if bool(self.function) == (self.model is not None):
             raise ValueError("give either function or model")
-        if self.model is None and {"scheme", "keep_bf16", "ensemble"} & self.model_fields_set:
+        if self.model is None and (self.scheme != "int8" or self.keep_bf16 or self.ensemble):
             raise ValueError("scheme, keep_bf16 and ensemble go with model")
         return self
 
