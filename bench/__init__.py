@@ -16,6 +16,7 @@ OPS = (
     "scan",
     "logits",
     "sample",
+    "quant",
     "logprob",
     "attention",
     "decode",

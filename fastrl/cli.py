@@ -1,4 +1,4 @@
-"""The command line: fastrl train | report | bench | doctor."""
+"""The command line: fastrl train | score | report | bench | doctor."""
 
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -71,6 +71,49 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     except (CheckpointError, ValueError, OSError) as error:
         _fail(str(error))
     Console().print(f"report {page}", highlight=False)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="A reward model: a directory, or a hub id.")],
+    pairs: Annotated[Path, typer.Argument(help="JSON lines with prompt and completion.")],
+    out: Annotated[Path, typer.Option(help="Where the scores go; continued where it exists.")],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="int8, nf4, int4, fp8, bf16 or float32; bitsandbytes: as the checkpoint is stored."
+        ),
+    ] = "int8",
+    keep_bf16: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear layers to leave in bf16, such as down_proj. Repeatable."),
+    ] = None,
+    smooth: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines like PAIRS by which outliers are smoothed (SmoothQuant)."),
+    ] = None,
+    ensemble: Annotated[
+        str | None,
+        typer.Option(help="One score of several heads: mean, worst_case or uncertainty."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens computed at a time.")] = 4096,
+) -> None:
+    """Score pairs of prompt and completion with a quantized reward model."""
+    console = Console(stderr=True)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        from fastrl.reward.stream import load_scorer, score_file
+
+        scorer = load_scorer(model, scheme, keep_bf16 or (), smooth, device, batch_tokens)
+        made = score_file(scorer, pairs, out, ensemble=ensemble, console=console)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", code=130)
+    console.print(f"{made} scores  {out}", highlight=False)
 
 
 @app.command()

@@ -150,16 +150,38 @@ class Data(Section):
 
 
 class Reward(Section):
-    """A function `f(prompts, completions, **columns) -> list[float]` and its weight."""
+    """A function `f(prompts, completions, **columns) -> list[float]` and its weight.
+
+    Either `function`, or `model`, a reward model.
+    """
 
     function: str = Field(
-        description="import path module:function, or reasoning_gym for the task's verifier"
+        "", description="import path module:function, or reasoning_gym for the task's verifier"
+    )
+    model: str | None = Field(None, description="local Hugging Face directory or hub id")
+    scheme: Literal["int8", "nf4", "int4", "fp8", "bf16", "float32"] = "int8"
+    keep_bf16: tuple[str, ...] = Field((), description="the model's linear layers left in bf16")
+    ensemble: Literal["mean", "worst_case", "uncertainty"] | None = Field(
+        None, description="how the heads of a model with several become one reward"
     )
     weight: float = 1.0
     threshold: float | None = Field(
         None,
         description="the score becomes 1 where it reaches this and 0 elsewhere: no partial credit",
     )
+
+    @property
+    def source(self) -> str:
+        """The function's import path, or the model's path."""
+        return self.model or self.function
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if bool(self.function) == (self.model is not None):
+            raise ValueError("give either function or model")
+        if self.model is None and (self.scheme != "int8" or self.keep_bf16 or self.ensemble):
+            raise ValueError("scheme, keep_bf16 and ensemble go with model")
+        return self
 
 
 class Config(Section):
@@ -238,7 +260,7 @@ class Config(Section):
                     f"{', '.join(list(self.stages)[: i + 1])}"
                 )
             trained |= stage.scorers.keys()
-        names = [r.function for r in self.rewards]
+        names = [r.source for r in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards names a function twice: {', '.join(names)}")
         if "reasoning_gym" in names and self.data.reasoning_gym is None:

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl import models
 from fastrl.kernels import IMPLEMENTATIONS, native
-from fastrl.reward import load_reward_function
+from fastrl.reward import QuantizedRewardModel, RewardFunction, load_reward_function
 from fastrl.reward.reasoning_gym import verifier
 from fastrl.rollout import Engine, RolloutEngine, VllmEngine
 from fastrl.train import data
-from fastrl.train.config import Config, ConfigError
+from fastrl.train.config import Config, ConfigError, Reward
 from fastrl.train.rewards import RewardSum
 from fastrl.train.stages import SPIN, PolicyGradient, Preference
 from fastrl.train.tracking import check_trackers
@@ -159,14 +160,30 @@ def _shared_prefix(config: Config, model: nn.Module, device: torch.device) -> bo
 
 
 def _rewards(config: Config) -> RewardSum:
-    short = [r.function.rpartition(":")[2] for r in config.rewards]
+    short = [
+        r.function.rpartition(":")[2] if r.model is None else Path(r.model).name
+        for r in config.rewards
+    ]
     functions = {}
     for reward, name in zip(config.rewards, short, strict=True):
-        if reward.function == "reasoning_gym":
+        if reward.model is not None:
+            function = _reward_model(reward)
+        elif reward.function == "reasoning_gym":
             gym = config.data.reasoning_gym
             assert gym is not None
             function = verifier(gym.task, gym.options)
         else:
             function = load_reward_function(reward.function)
-        functions[reward.function if short.count(name) > 1 else name] = (function, reward)
+        functions[reward.source if short.count(name) > 1 else name] = (function, reward)
     return RewardSum(functions)
+
+
+def _reward_model(reward: Reward) -> RewardFunction:
+    assert reward.model is not None
+    try:
+        model = QuantizedRewardModel.from_pretrained(
+            reward.model, reward.scheme, keep_bf16=reward.keep_bf16
+        )
+        return model.as_reward_function(ensemble=reward.ensemble, name=Path(reward.model).name)
+    except ValueError as error:
+        raise ConfigError(f"reward model {reward.model!r}: {error}") from error

@@ -1,0 +1,92 @@
+"""Does the ranking survive quantization? Kendall tau and the rest, against float32.
+
+python bench/train_reward_model.py runs/reward-model       once
+python bench/bench_fidelity.py runs/reward-model [--json FILE]
+
+Prints a row for each scheme, plain and with what `fastrl` can do about it: `smooth` (calibrated on
+half of the held-out pairs, which are then not judged) and the layers that the report of the plain
+model proposes to keep in bf16.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastrl.reward import QuantizedRewardModel, fidelity_report
+
+SCHEMES = {
+    "bf16": {},
+    "int8": {},
+    "fp8": {},
+    "nf4": {},
+    "nf4, products in bf16": {"scheme": "nf4", "compute": "bf16"},
+    "int4": {},
+    "int4, groups of 32": {"scheme": "int4", "group": 32},
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="what train_reward_model.py made")
+    parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--groups", type=int, help="judge only this many")
+    parser.add_argument("--json", type=Path, help="where to write the reports")
+    options = parser.parse_args()
+    lines = (options.model / "held_out.jsonl").read_text().splitlines()
+    groups = [json.loads(line) for line in lines]
+    half = len(groups) // 2
+    texts = [g["prompt"] + c for g in groups[:half] for c in g["completions"]]
+    judged = groups[half:][: options.groups]
+    reference = QuantizedRewardModel.from_pretrained(options.model, "float32")
+    table = Table(
+        title=f"against float32, {len(judged)} prompts of {len(judged[0]['completions'])}"
+    )
+    for column in (
+        "scheme",
+        "setting",
+        "Kendall",
+        "Spearman",
+        "best of 8",
+        "cosine",
+        "noise/spread",
+        "MB",
+    ):
+        table.add_column(column)
+    reports = {}
+
+    def judge(name, setting, **arguments):
+        scheme = arguments.pop("scheme", name)
+        model = QuantizedRewardModel.from_pretrained(options.model, scheme, **arguments)
+        report = fidelity_report(model, reference, judged)
+        reports[f"{name} {setting}".strip()] = report
+        figures = f"{report.kendall:.4f}", f"{report.spearman:.4f}", f"{report.best_of[8]:.1%}"
+        more = f"{report.advantage_cosine:.5f}", f"{report.noise_to_spread:.4f}"
+        table.add_row(name, setting, *figures, *more, f"{model.nbytes / 2**20:.2f}")
+        print(name, setting, *figures, *more, flush=True)
+        return report
+
+    for name in options.schemes:
+        given = SCHEMES[name]
+        plain = judge(name, "", **given)
+        if name == "bf16":
+            continue
+        judge(name, "smooth", smooth=texts, **given)
+        if plain.keep_bf16:
+            kept = plain.keep_bf16
+            judge(name, f"keep_bf16: {len(kept)}", keep_bf16=kept, **given)
+            judge(name, "both", keep_bf16=kept, smooth=texts, **given)
+        print("  lowest signal to noise (dB):", end=" ")
+        lowest = sorted(plain.layers, key=plain.layers.__getitem__)[:4]
+        print(", ".join(f"{n} {plain.layers[n]:.1f}" for n in lowest), flush=True)
+    Console().print(table)
+    if options.json:
+        options.json.mkdir(parents=True, exist_ok=True)
+        for name, report in reports.items():
+            report.save(options.json / f"{name.replace(' ', '-').replace(',', '')}.json")
+
+
+if __name__ == "__main__":
+    main()

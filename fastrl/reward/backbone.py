@@ -1,0 +1,114 @@
+"""The scoring forward of a reward model's backbone: packed, unpadded, each prompt once."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.kernels import GroupLayout, shared_prefix_attention
+from fastrl.reward.checkpoint import Spec
+from fastrl.reward.linear import Linear, Rows, glu_rows, norm_rows, rms_norm
+
+Observe = Callable[[str, Tensor], None]  # called with a linear layer's name and its input
+
+
+class Batch(NamedTuple):
+    """Packed groups: token ids `[T]`, where they lie, and each row's pooled token `[B]`."""
+
+    ids: Tensor
+    layout: GroupLayout
+    pooled: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.ids.to(device), self.layout.to(device), self.pooled.to(device))
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of tokens, `[T, 1, D]`."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x `[T, heads, D]` turned by its positions, in its own dtype."""
+        wide = x.float()
+        one, two = wide.chunk(2, dim=-1)
+        return (wide * self.cos + torch.cat([-two, one], dim=-1) * self.sin).to(x.dtype)
+
+    def select(self, index: Tensor) -> "Angles":
+        return Angles(self.cos[index], self.sin[index])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. Norms hold what they multiply by, Gemma's offset included, in float32."""
+
+    spec: Spec
+    index: int
+    linears: Mapping[str, Linear]  # by their names within the layer
+    norms: Mapping[str, Tensor]
+
+    def __call__(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        layout: GroupLayout,
+        angles: Angles,
+        pooled: Tensor | None = None,
+        observe: Observe | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream x + delta after this layer, as the two.
+
+        With `pooled`, the result is that of these tokens alone, and only their queries, output
+        projection and MLP are computed.
+        """
+        s, tokens = self.spec, len(x)
+        q, k, v, o = (self.linears[f"self_attn.{n}_proj"] for n in "qkvo")
+        gate, up, down = (self.linears[f"mlp.{n}_proj"] for n in ("gate", "up", "down"))
+        rows, x = norm_rows(x, delta, self.norms["input_layernorm"], s.eps, (q, k, v))
+        self._watch(observe, rows, *(f"self_attn.{n}_proj" for n in "qkv"))
+        keys, values = (f(rows, x.dtype).view(tokens, s.kv_heads, s.head_size) for f in (k, v))
+        if s.qk_norm:
+            keys = rms_norm(keys, self.norms["self_attn.k_norm"], s.eps)
+        keys = angles.rotate(keys)
+        if pooled is not None:
+            rows, x, angles = rows.select(pooled), x[pooled], angles.select(pooled)
+        queries = q(rows, x.dtype).view(-1, s.heads, s.head_size)
+        if s.qk_norm:
+            queries = rms_norm(queries, self.norms["self_attn.q_norm"], s.eps)
+        queries = angles.rotate(queries)
+        if pooled is not None:  # the kernel takes a query for each key
+            queries = queries.new_zeros(tokens, *queries.shape[1:]).index_copy_(0, pooled, queries)
+        out = shared_prefix_attention(
+            queries,
+            keys,
+            values,
+            layout,
+            scale=s.scaling,
+            softcap=s.softcap,
+            window=s.windows[self.index],
+        )
+        assert isinstance(out, Tensor)
+        rows = Rows((out if pooled is None else out[pooled]).flatten(1), None)
+        self._watch(observe, rows, "self_attn.o_proj")
+        delta = o(rows, x.dtype)
+        before_mlp = "post_attention_layernorm"
+        if s.sandwich:
+            delta = rms_norm(delta, self.norms["post_attention_layernorm"], s.eps)
+            before_mlp = "pre_feedforward_layernorm"
+        rows, x = norm_rows(x, delta, self.norms[before_mlp], s.eps, (gate, up))
+        self._watch(observe, rows, "mlp.gate_proj", "mlp.up_proj")
+        rows = glu_rows(gate(rows, x.dtype), up(rows, x.dtype), s.activation, down)
+        self._watch(observe, rows, "mlp.down_proj")
+        delta = down(rows, x.dtype)
+        if s.sandwich:
+            delta = rms_norm(delta, self.norms["post_feedforward_layernorm"], s.eps)
+        return x, delta
+
+    def _watch(self, observe: Observe | None, rows: Rows, *names: str) -> None:
+        if observe is not None:
+            assert rows.plain is not None, "only unquantized layers are observed"
+            for name in names:
+                observe(f"layers.{self.index}.{name}", rows.plain)

@@ -1,0 +1,319 @@
+"""QuantizedRewardModel: scores of prompts and completions from a quantized reward model."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastrl.kernels import pool_score
+from fastrl.reward.backbone import Angles, Batch, Layer, Observe
+from fastrl.reward.build import (
+    QUANTIZED,
+    Calibration,
+    Plan,
+    bitsandbytes_layers,
+    build_layers,
+)
+from fastrl.reward.checkpoint import Checkpoint, RewardModelError, Spec, rotary
+from fastrl.reward.ensemble import combine
+from fastrl.reward.functions import RewardFunction
+from fastrl.reward.pairs import Ids, Pair, check_pair, encode, encode_pair, pack
+
+CALIBRATION_TOKENS = 8192
+LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What is before and after the layers: embedding `[V, H]`, final norm `[H]`, head `[K, H]`."""
+
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, device: torch.device) -> "Ends":
+        spec = checkpoint.spec
+        norm = checkpoint.get("norm.weight", (spec.hidden,)).float() + spec.norm_offset
+        embedding = checkpoint.get("embed_tokens.weight", (spec.vocabulary, spec.hidden))
+        head = checkpoint.get("score.weight").float()
+        return cls(embedding.to(device), norm.to(device), head.to(device))
+
+
+class QuantizedRewardModel:
+    """Scores of an `AutoModelForSequenceClassification` reward model, quantized or not.
+
+    Llama, Mistral, Qwen2, Qwen3 and Gemma 2 backbones with K scalar heads. Nothing is padded; the
+    prompt of pairs that share one is computed once; the last layer computes the query, output
+    projection and MLP of the pooled token alone, which is the last token of the pair (the prompt's
+    where the completion is empty). Final norm and head are float32 and never quantized.
+
+    With the native CPU kernels and the scheme `int8` a pair has the same score, bit for bit, alone,
+    in any batch, with its prompt shared or not, on any number of threads. The same holds for what
+    is left in `bf16` or `float32` as long as the number of threads does not change.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: Sequence[Layer],
+        scheme: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device = "cpu",
+        batch_tokens: int = 4096,
+    ):
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
+        self.config, self.spec, self.source = checkpoint.config, checkpoint.spec, checkpoint.source
+        self.layers = list(layers)
+        self.scheme = scheme
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+        self.batch_tokens = batch_tokens
+        self._ends = Ends.read(checkpoint, self.device)
+        # Of what lies between layers. float32 costs a CPU little, and the scores gain.
+        half = scheme == "bf16" or (self.device.type == "cuda" and scheme != "float32")
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self._rotary = Rotary(checkpoint.config, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | Checkpoint,
+        scheme: str = "int8",
+        *,
+        skip: Sequence[str] = ("score",),
+        keep_bf16: Sequence[str] = (),
+        smooth: Sequence[Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device = "cpu",
+        batch_tokens: int = 4096,
+        **options: Any,
+    ) -> "QuantizedRewardModel":
+        """A local directory, hub id or `Checkpoint.of(model)`, quantized a layer at a time.
+
+        scheme is `int8`, `nf4`, `int4`, `fp8`, or `bf16` or `float32`, which quantize nothing. skip
+        names linear layers that stay as they are stored, keep_bf16 those that are held in bf16, by
+        patterns for runs of whole parts of their names: `layers.0`, `down_proj`, `layers.*.mlp`.
+        smooth is calibration data, texts or token ids: outliers among the channels of activations
+        move into the weights before these are quantized (SmoothQuant, 2211.10438). tokenizer
+        defaults to the directory's own, where it has one. batch_tokens bounds how many tokens are
+        computed at a time. options are those of `fastrl.kernels.quantize`, as `group` for int4.
+
+        Raises `RewardModelError` for what is not a reward model, a missing or misshapen head, an
+        unknown backbone, tensors that are missing, misshapen, NaN or infinite; `ValueError` for an
+        unknown scheme, patterns that match no layer, and options that do not fit.
+        """
+        plan = Plan(scheme, tuple(skip), tuple(keep_bf16), options)
+        plan.check()
+        if smooth is not None and scheme not in QUANTIZED:
+            raise ValueError(f"smooth has no use with scheme={scheme!r}: nothing is quantized")
+        checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+        plan.check_patterns(checkpoint.spec.linears())
+        tokenizer = tokenizer or checkpoint.tokenizer()
+        calibration = None
+        with torch.no_grad():
+            if smooth is not None:
+                calibration = _calibration(checkpoint, smooth, tokenizer)
+            layers = build_layers(checkpoint, plan, calibration, torch.device(device))
+        return cls(
+            checkpoint,
+            layers,
+            scheme,
+            tokenizer=tokenizer,
+            device=device,
+            batch_tokens=batch_tokens,
+        )
+
+    @classmethod
+    def from_bitsandbytes(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        *,
+        config: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | torch.device = "cpu",
+        batch_tokens: int = 4096,
+    ) -> "QuantizedRewardModel":
+        """A reward model that bitsandbytes quantized: NF4, nested or not, or LLM.int8.
+
+        source is a directory, or a state dict together with its config. Its blocks and codes are
+        used as they are. Raises `RewardModelError` for a quantized score head and for blobs of a
+        wrong shape or with a wrong table.
+        """
+        if isinstance(source, Mapping):
+            if config is None:
+                raise ValueError("source is a state dict, which needs the model's config as well")
+            checkpoint = Checkpoint(config, source, "the state dict")
+        else:
+            checkpoint = Checkpoint.open(source)
+        layers = bitsandbytes_layers(checkpoint, torch.device(device))
+        schemes = {getattr(x.weight, "scheme", "") for y in layers for x in y.linears.values()}
+        return cls(
+            checkpoint,
+            layers,
+            "+".join(sorted(schemes - {""})),
+            tokenizer=tokenizer or checkpoint.tokenizer(),
+            device=device,
+            batch_tokens=batch_tokens,
+        )
+
+    def fingerprint(self) -> str:
+        """Of scheme and weights: the same for models that give the same scores."""
+        digest = hashlib.blake2b(f"{self.scheme} {self.dtype} {self.spec}".encode(), digest_size=16)
+        for layer in self.layers:
+            for name, linear in sorted(layer.linears.items()):
+                digest.update(f"{name} {linear.nbytes}".encode() + linear.trace())
+        for tensor in (self._ends.norm, self._ends.head):
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        ends = self._ends
+        linears = sum(x.nbytes for layer in self.layers for x in layer.linears.values())
+        return linears + sum(x.nbytes for x in (ends.embedding, ends.norm, ends.head))
+
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Any], *, share_prompts: bool = True
+    ) -> Tensor:
+        """Scores of B pairs, float32 `[B]`, or `[B, K]` with several heads, on the CPU.
+
+        Both are lists of texts, of token ids, or of conversations (messages with role and content;
+        a completion to them may be text), which the tokenizer's chat template renders. Text is
+        tokenised as prompt and completion together. share_prompts=False computes every prompt
+        again, to the same scores. Raises `ValueError` for pairs that are none of these, without
+        tokens or over the model's context, and `RewardModelError` where activations overflow.
+        """
+        pairs = encode(prompts, completions, self.tokenizer)
+        for row, pair in enumerate(pairs):
+            try:
+                self.check(pair)
+            except ValueError as error:
+                raise ValueError(f"pair {row}: {error}") from None
+        return self.score_pairs(pairs, share_prompts=share_prompts)
+
+    def check(self, pair: Pair) -> None:
+        """Raise `ValueError` for a pair that this model cannot score."""
+        check_pair(pair, self.spec.vocabulary, self.spec.context)
+
+    @torch.no_grad()
+    def score_pairs(self, pairs: Sequence[Pair], *, share_prompts: bool = True) -> Tensor:
+        """`score` of token ids that were checked."""
+        scores = torch.empty(len(pairs), self.spec.scores)
+        for rows, batch in pack(pairs, self.batch_tokens, share_prompts=share_prompts):
+            batch = batch.to(self.device)
+            found = self.run(batch).cpu()
+            finite = found.isfinite().all(1)
+            if not finite.all():
+                row = rows[int(finite.logical_not().nonzero()[0])]
+                raise RewardModelError(
+                    f"{self.source}: the score of pair {row} is not finite; "
+                    f"{self._overflow(batch)} (scheme={self.scheme!r}, activations {self.dtype})"
+                )
+            scores[rows] = found
+        return scores.squeeze(1) if self.spec.scores == 1 else scores
+
+    def run(
+        self, batch: Batch, *, last_layer: str = "pooled", observe: Observe | None = None
+    ) -> Tensor:
+        """Scores `[B, K]` of a packed batch; last_layer="all" computes all of its tokens there."""
+        x, delta, angles = self._embed(batch), None, self._angles(batch)
+        *layers, last = self.layers
+        for layer in layers:
+            x, delta = layer(x, delta, batch.layout, angles, observe=observe)
+        whole = last_layer == "all"
+        pooled = None if whole else batch.pooled
+        x, delta = last(x, delta, batch.layout, angles, pooled=pooled, observe=observe)
+        at = batch.pooled if whole else torch.arange(len(x), device=x.device)
+        return pool_score(x + delta, at, self._ends.norm, self._ends.head, eps=self.spec.eps)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        return embed(self._ends.embedding, batch, self.spec, self.dtype)
+
+    def _angles(self, batch: Batch) -> Angles:
+        return self._rotary(batch.layout.positions(len(batch.ids)))
+
+    def _overflow(self, batch: Batch) -> str:
+        """Where the first value that is not finite appears."""
+        x, delta, angles = self._embed(batch), None, self._angles(batch)
+        for i, layer in enumerate(self.layers):
+            x, delta = layer(x, delta, batch.layout, angles)
+            if not (x + delta).isfinite().all():
+                return f"activations overflow in layer {i}"
+        return "its head overflows"
+
+    def as_reward_function(
+        self,
+        *,
+        ensemble: str | None = None,
+        variance_weight: float = 0.5,
+        name: str = "reward_model",
+    ) -> RewardFunction:
+        """A function `f(prompts, completions, **columns) -> list[float]`, as TRL and recipes take.
+
+        ensemble makes one reward of several heads: `mean`, `worst_case` or `uncertainty`, which is
+        `mean - variance_weight * variance`. name is its `__name__`, under which it is logged.
+        Raises `ValueError` for several heads without ensemble.
+        """
+        # What is wrong with it is an error now.
+        combine(torch.zeros(0, self.spec.scores).squeeze(1), ensemble, variance_weight)
+
+        def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+            scores = self.score(prompts, completions)
+            return combine(scores, ensemble, variance_weight).tolist()
+
+        reward.__name__ = name
+        return reward
+
+
+class Rotary:
+    """Cosines and sines of positions, in a table that grows."""
+
+    def __init__(self, config: Any, device: torch.device):
+        self._config, self._device = config, device
+        self._table = (torch.empty(0), torch.empty(0))
+
+    def __call__(self, positions: Tensor) -> Angles:
+        needed = int(positions.max()) + 1
+        if needed > len(self._table[0]):
+            count = max(256, 1 << (needed - 1).bit_length())
+            cos, sin = rotary(self._config, count)
+            self._table = (cos.to(self._device), sin.to(self._device))
+        return Angles(*(x[positions].unsqueeze(1) for x in self._table))
+
+
+def embed(embedding: Tensor, batch: Batch, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """The states `[T, H]` that enter the first layer."""
+    x = embedding[batch.ids].to(dtype)
+    return x if spec.embedding_scale == 1.0 else x * torch.tensor(spec.embedding_scale).to(x)
+
+
+def _calibration(
+    checkpoint: Checkpoint, texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None
+) -> Calibration:
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("smooth must be a sequence of at least one text or list of token ids")
+    used, tokens, known = list[Pair](), 0, dict[str, Ids]()
+    for i, text in enumerate(texts):
+        try:
+            pair = encode_pair(text, "" if isinstance(text, str) else [], tokenizer, known)
+            check_pair(pair, checkpoint.spec.vocabulary, checkpoint.spec.context)
+        except ValueError as error:
+            raise ValueError(f"smooth[{i}]: {error}") from None
+        tokens += len(pair.prompt)
+        if used and tokens > CALIBRATION_TOKENS:
+            break
+        used.append(pair)
+    _, batch = next(pack(used, LARGEST))
+    cpu = torch.device("cpu")
+    table = Rotary(checkpoint.config, cpu)
+    hidden = embed(Ends.read(checkpoint, cpu).embedding, batch, checkpoint.spec, torch.float32)
+    return Calibration(batch, hidden, table(batch.layout.positions(len(batch.ids))))
