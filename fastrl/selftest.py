@@ -140,6 +140,70 @@ def _vtrace(x: Values, impl: str) -> Values:
     return dict(zip(("vs", "advantages"), out, strict=True))
 
 
+def _draw_quant(g: torch.Generator) -> Values:
+    return {
+        "x": torch.randn(17, 131, generator=g),
+        "up": torch.randn(17, 131, generator=g),
+        "norm": torch.rand(131, generator=g) + 0.5,
+        "weight": torch.randn(67, 131, generator=g),
+        "last": torch.tensor([16, 0, 7]),
+    }
+
+
+def _rows(rows: Any) -> Values:
+    return {"rows": rows.data * rows.scale.unsqueeze(-1)}
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+
+# Of what quantizes, the truth is what would come out without it: float64 is not quantized.
+def _quantize_rows(x: Values, impl: str) -> Values:
+    if x["x"].dtype == torch.float64:
+        return {"rows": x["x"]}
+    return _rows(kernels.quantize_rows(x["x"], impl=impl))
+
+
+def _rmsnorm_quant(x: Values, impl: str) -> Values:
+    if x["x"].dtype == torch.float64:
+        total = x["x"] + x["up"]
+        return {"rows": _norm(total, x["norm"]), "residual": total}
+    rows, residual = kernels.rmsnorm_quant(x["x"], x["norm"], residual=x["up"], impl=impl)
+    return {**_rows(rows), "residual": residual}
+
+
+def _glu_quant(x: Values, impl: str) -> Values:
+    if x["x"].dtype == torch.float64:
+        return {"rows": torch.nn.functional.silu(x["x"]) * x["up"]}
+    return _rows(kernels.glu_quant(x["x"], x["up"], impl=impl))
+
+
+def _pool_score(x: Values, impl: str) -> Values:
+    if x["x"].dtype == torch.float64:
+        return {"scores": _norm(x["x"][x["last"]], x["norm"]) @ x["weight"].T}
+    return {"scores": kernels.pool_score(x["x"], x["last"], x["norm"], x["weight"], impl=impl)}
+
+
+def _quantized_linear(x: Values, impl: str) -> Values:
+    schemes = ("int8", "nf4", "int4", "fp8")
+    if x["x"].dtype == torch.float64:
+        return dict.fromkeys(schemes, x["x"] @ x["weight"].T)
+    return {
+        scheme: kernels.quantized_linear(
+            x["x"], kernels.quantize(x["weight"], scheme), out_dtype=torch.float32, impl=impl
+        )
+        for scheme in schemes
+    }
+
+
+def _dequantize(x: Values, impl: str) -> Values:
+    schemes = ("int8", "nf4", "int4", "fp8")
+    if x["x"].dtype == torch.float64:
+        return dict.fromkeys(schemes, x["weight"])
+    return {s: kernels.dequantize(kernels.quantize(x["weight"], s), impl=impl) for s in schemes}
+
+
 CHECKS: dict[str, tuple[Callable, Callable]] = {
     "linear_logprob": (_draw_head, _linear_logprob),
     "logprob_from_logits": (_draw_logits, _logprob_from_logits),
@@ -148,6 +212,12 @@ CHECKS: dict[str, tuple[Callable, Callable]] = {
     "gae": (_draw_scan, _gae),
     "discounted_returns": (_draw_scan, _discounted_returns),
     "vtrace": (_draw_scan, _vtrace),
+    "quantize_rows": (_draw_quant, _quantize_rows),
+    "rmsnorm_quant": (_draw_quant, _rmsnorm_quant),
+    "glu_quant": (_draw_quant, _glu_quant),
+    "pool_score": (_draw_quant, _pool_score),
+    "quantized_linear": (_draw_quant, _quantized_linear),
+    "dequantize": (_draw_quant, _dequantize),
 }
 
 
