@@ -54,6 +54,22 @@ def ranking(answer: str, count: int, seed: int) -> list[str]:
     return out
 
 
+def make_slips(rows: list[Problem], share: float, seed: int) -> list[Problem]:
+    """The rows, of which a share has a completion that is wrong by one in its last digit."""
+    chance = random.Random(seed)
+
+    def slip(text: str) -> str:
+        at = max((i for i, c in enumerate(text) if c.isdigit()), default=None)
+        if at is None:
+            raise ValueError(f"slips need answers that hold a digit, got {text!r}")
+        return text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+
+    return [
+        row | {"completion": slip(row["completion"])} if chance.random() < share else row
+        for row in rows
+    ]
+
+
 def make_problems(
     task: str,
     options: dict[str, Any],

@@ -118,6 +118,12 @@ class ReasoningGym(Section):
     prompt: str = Field(
         "{question}", description="format string over question and the entry's metadata"
     )
+    slips: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of training answers beyond data.demonstrations that are wrong by one",
+    )
     ranked: int = Field(
         2, ge=2, description="completions of a ranking: the answer, and ever worse copies of it"
     )
@@ -135,13 +141,19 @@ class Data(Section):
     eval_file: DataFile = None
 
     demonstrations: int | None = Field(
-        None, ge=1, description="only the first so many training rows are demonstrations"
+        None,
+        ge=1,
+        description="only the first so many training rows are demonstrations; an sft stage with "
+        "data=crowd learns from the completions of all",
     )
 
     @model_validator(mode="after")
     def _one_source(self):
         if (self.reasoning_gym is None) == (self.train_file is None):
             raise ValueError("give one of reasoning_gym and train_file")
+        gym = self.reasoning_gym
+        if gym is not None and gym.slips and self.demonstrations is None:
+            raise ValueError("reasoning_gym.slips needs demonstrations, the number of rows without")
         if self.eval_file is not None and self.train_file is None:
             raise ValueError(
                 "eval_file goes with train_file; reasoning_gym makes its own held-out set"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fastrl.reward.reasoning_gym import make_problems
+from fastrl.reward.reasoning_gym import make_problems, make_slips
 from fastrl.train import config as cfg
 
 # Everything else reaches the reward functions.
@@ -85,6 +85,8 @@ def load_examples(
         train, held_out = make_problems(
             gym.task, gym.options, gym.size, gym.eval_size, gym.seed, gym.prompt, gym.ranked
         )
+        some = config.data.demonstrations
+        train = train[:some] + make_slips(train[some:] if some else [], gym.slips, gym.seed)
         source, eval_source = f"reasoning_gym {gym.task}", f"reasoning_gym {gym.task} (held out)"
     else:
         assert config.data.train_file is not None
@@ -94,11 +96,11 @@ def load_examples(
     stages = config.stages.values()
     demonstrations = any(stage.demonstrations for stage in stages)
     rankings = any(stage.rankings for stage in stages)
-    limit = config.data.demonstrations or len(train)
+    last = (config.data.demonstrations or len(train)) if demonstrations else 0
+    if any(stage.crowd for stage in stages):
+        last = len(train)
     examples = [
-        _example(
-            r, f"{source}, row {i}", config, tokenizer, demonstrations and i <= limit, rankings
-        )
+        _example(r, f"{source}, row {i}", config, tokenizer, i <= last, rankings)
         for i, r in enumerate(train, 1)
     ]
     held = [

@@ -47,8 +47,9 @@ class Setup:
 
     @property
     def demonstrations(self) -> list[data.Example]:
-        """The training examples that have a completion to learn from."""
-        return [e for e in self.train if e.completion_ids is not None]
+        """The training examples that are demonstrations."""
+        some = self.train[: self.config.data.demonstrations]
+        return [e for e in some if e.completion_ids is not None]
 
 
 def prepare(config: Config) -> Setup:

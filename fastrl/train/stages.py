@@ -40,7 +40,7 @@ class Stage(Section):
     )
     eval_every: int = Field(50, ge=1)
 
-    demonstrations: ClassVar[bool] = False  # it reads the data's completions
+    demonstrations: ClassVar[bool] = False  # it reads the demonstrations' completions
     rankings: ClassVar[bool] = False  # it reads completions that are ranked: chosen, rejected
     trains_policy: ClassVar[bool] = True
 
@@ -52,6 +52,11 @@ class Stage(Section):
     @property
     def value_head(self) -> bool:
         """Whether its scoring model is a head on the policy."""
+        return False
+
+    @property
+    def crowd(self) -> bool:
+        """Whether it reads the completions of all training rows."""
         return False
 
     @property
@@ -89,8 +94,16 @@ class SFT(Stage):
 
     algorithm: Literal["sft"] = "sft"
     batch_size: int = Field(64, ge=1, description="demonstrations per optimizer step")
+    data: Literal["demonstrations", "crowd"] = Field(
+        "demonstrations",
+        description="or all training rows, where data.demonstrations sets some apart",
+    )
     reduction: Reduction = "dapo"
     demonstrations: ClassVar[bool] = True
+
+    @property
+    def crowd(self) -> bool:
+        return self.data == "crowd"
 
 
 class IQLearn(SFT):

@@ -15,7 +15,9 @@ from fastrl.train.update import Update
 def sft(context: Context, index: int) -> Iterator[Update]:
     """A step on demonstrations."""
     stage: SFT = context.stage
-    chosen = context.draw(context.setup.demonstrations, stage.batch_size, index)
+    setup = context.setup
+    rows = setup.train if stage.crowd else setup.demonstrations
+    chosen = context.draw(rows, stage.batch_size, index)
     batch = context.demonstrations(chosen, stage.reduction)
     yield Update(("policy",), batch, lambda part: demonstration_loss(context.policy, stage, part))
 
