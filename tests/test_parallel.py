@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 from fastrl import train
 from fastrl.kernels import native
-from fastrl.rollout import SamplingParams
+from fastrl.rollout import RolloutEngine, SamplingParams, join_rollouts
 from fastrl.train import CheckpointError, parallel, parse_config
+from fastrl.train.algorithms import Context
 from fastrl.train.setup import prepare
 from fastrl.train.stages import ALGORITHMS, FAMILIES
 
@@ -210,6 +212,46 @@ def _layout(rank, settings):
 def test_a_process_holds_a_part_of_a_sharded_model(ranks, recipe):
     reasons = ranks.run(_layout, recipe | {"parallel": "fsdp"})
     assert native.why_missing or reasons == [None, None]
+
+
+def test_parts_of_rollouts_join_to_the_whole(model):
+    prompts, sampling = [[4, 5], [6, 7, 8], [3]], SamplingParams(max_new_tokens=6, seed=3)
+    engine = RolloutEngine(model)
+    whole = engine.generate(prompts, 2, sampling)
+    first = engine.generate(prompts[:1], 2, sampling)
+    rest = engine.generate(prompts[1:], 2, sampling, first_row=2)
+    joined = join_rollouts([first, rest]).to("cpu")
+    for name, value in vars(whole).items():
+        if name == "layout":
+            assert all(torch.equal(a, b) for a, b in zip(joined.layout, value, strict=True))
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(joined, name), value), name
+        else:
+            assert getattr(joined, name) == value, name
+
+
+class Server:
+    """An engine that is not in this process, as far as the trainer can see."""
+
+    def __init__(self, engine):
+        self.engine, self.asked = engine, []
+
+    def generate(self, prompts, group_size, sampling):
+        self.asked.append(len(prompts))
+        return self.engine.generate(prompts, group_size, sampling)
+
+
+def _server(rank, settings):
+    setup = prepare(parse_config(settings))
+    server, stage = Server(setup.engine), setup.config.stages["only"]
+    sampled = Context(replace(setup, engine=server), stage, 0).sample(setup.train[:3], 0, 2)
+    assert server.asked == ([3] if rank == 0 else [])
+    own = Context(setup, stage, 0).sample(setup.train[:3], 0, 2)
+    assert torch.equal(sampled.completion_ids, own.completion_ids)
+
+
+def test_only_the_first_process_asks_a_server(ranks, recipe):
+    ranks.run(_server, values(recipe, "grpo"))
 
 
 def _shares(rank):
