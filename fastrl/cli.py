@@ -33,7 +33,10 @@ def train(
         Path | None, typer.Option(help="Continue the run in this folder, exactly where it stopped.")
     ] = None,
 ) -> None:
-    """Train a model as a recipe says, then write a report of the run."""
+    """Train a model as a recipe says, then write a report of the run.
+
+    On several processes: torchrun --nproc-per-node N -m fastrl train RECIPE.
+    """
     console = Console()
     if (recipe is None) == (resume is None):
         _fail("give a RECIPE to start a run, or --resume RUN to continue one")
@@ -42,18 +45,27 @@ def train(
     from transformers.utils import logging
 
     from fastrl import train as trainer
+    from fastrl.train import parallel
     from fastrl.train.report import write_report
 
     logging.disable_progress_bar()
     try:
-        if resume is not None:
-            folder = trainer.resume(resume, console)
-        else:
-            assert recipe is not None
-            folder = trainer.run(trainer.load_recipe(recipe, override or []), out, console)
-        page = write_report(folder)
-    except (ValueError, trainer.CheckpointError, trainer.TrainingError, OSError) as error:
-        _fail(str(error))
+        with parallel.processes():
+            console.quiet = parallel.rank() > 0
+            if resume is not None:
+                folder = trainer.resume(resume, console)
+            else:
+                assert recipe is not None
+                folder = trainer.run(trainer.load_recipe(recipe, override or []), out, console)
+            page = parallel.first(lambda: write_report(folder))
+    except (
+        ValueError,
+        trainer.CheckpointError,
+        trainer.TrainingError,
+        parallel.LostProcess,
+        OSError,
+    ) as error:
+        _fail(f"process {parallel.rank()}: {error}" if parallel.size() > 1 else str(error))
     except KeyboardInterrupt:
         _fail("interrupted; fastrl train --resume with the run folder continues it", code=130)
     console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -77,6 +78,14 @@ def _gpus() -> list[str]:
         of = torch.cuda.get_device_properties(i)
         found.append(f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GB")
     return found
+
+
+def _backends() -> list[str]:
+    """What connects the processes of torchrun."""
+    if not dist.is_available():
+        return []
+    found = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    return [name for name, there in found.items() if there]
 
 
 def _instruction_sets() -> list[dict[str, Any]]:
@@ -177,6 +186,7 @@ def diagnose() -> dict[str, Any]:
         "C++ compiler": _compiler(),
         "nvcc": _nvcc(),
         "torch": torch.__version__,
+        "torchrun": ", ".join(_backends()) or None,
         **{p: _version(p) for p in ("triton", "transformers", "peft")},
         "native kernels": native.why_missing or "loaded",
     }

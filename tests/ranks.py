@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-SECONDS = 60
+SECONDS = 120
+STARTUP = 300  # seconds in which a busy machine has loaded torch twice
 
 
 def _rank(rank, rendezvous, pipe):
@@ -22,6 +23,7 @@ def _rank(rank, rendezvous, pipe):
         world_size=2,
         timeout=datetime.timedelta(seconds=SECONDS / 3),
     )
+    pipe.send("ready")
     while True:
         function, arguments = pipe.recv()
         torch.manual_seed(0)
@@ -47,18 +49,21 @@ class Ranks:
             process.start()
             self.processes.append(process)
             self.pipes.append(mine)
+        for pipe in self.pipes:
+            if not pipe.poll(STARTUP) or pipe.recv() != "ready":
+                raise RuntimeError("the processes of torch.distributed did not start")
 
     def run(self, function, *arguments):
         """What `function(rank, *arguments)`, of a test module, returns on each rank."""
-        if not self.processes:
-            self.start()
         try:
+            if not self.processes:
+                self.start()
             for pipe in self.pipes:
                 pipe.send((function, arguments))
             answers = [
                 pipe.recv() if pipe.poll(SECONDS) else (None, "no answer") for pipe in self.pipes
             ]
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, RuntimeError) as error:
             answers = [(None, f"a rank has died: {error!r}")]
         if errors := [f"rank {i}:\n{e}" for i, (_, e) in enumerate(answers) if e is not None]:
             self.end()

@@ -388,7 +388,7 @@ def test_micro_batches_keep_groups_together(recipe):
     assert rows[5] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10], [11, 12, 13, 14, 15]]
     assert rows[4] == [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9, 10], [11, 12, 13, 14], [15]]
     assert rows[1] == [[i] for i in range(16)]
-    assert [p.prompt_ids for p in batch.micro_batches(5, shared_prefix=True)][2] == [[4]]
+    assert [p.prompt_ids for p, _ in batch.micro_batches(5, shared_prefix=True)][2] == [[4]]
 
 
 def test_the_choice_of_a_recipe(recipe, monkeypatch):

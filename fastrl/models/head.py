@@ -57,12 +57,15 @@ def as_forward(
 ) -> Callable[Concatenate[nn.Module, P], R]:
     """`function(model, ...)`, which calls parts of a model, for models under FSDP2 as well.
 
-    What `fully_shard(model)` left in the model's own group is gathered only inside its forward.
+    What `fully_shard(model)` left in the model's own group is gathered only inside its forward,
+    which goes on where such a function calls another.
     """
 
     @wraps(function)
     def run(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
         if not dist.is_available() or not isinstance(model, FSDPModule):
+            return function(model, *args, **kwargs)
+        if "fastrl_compute" in model.__dict__:
             return function(model, *args, **kwargs)
         results = []
 

@@ -171,6 +171,7 @@ def pad_rows(
     return ids.scatter_(1, at, completion_ids.masked_fill(~completion_mask, 0)), at
 
 
+@as_forward
 def completion_states(
     model: nn.Module,
     prompt_ids: Sequence[Sequence[int]],

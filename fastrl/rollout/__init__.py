@@ -2,7 +2,14 @@
 
 from fastrl.rollout.cache import Branch
 from fastrl.rollout.engine import RolloutEngine
-from fastrl.rollout.sampling import Engine, Group, GroupStop, Rollouts, SamplingParams
+from fastrl.rollout.sampling import (
+    Engine,
+    Group,
+    GroupStop,
+    Rollouts,
+    SamplingParams,
+    join_rollouts,
+)
 from fastrl.rollout.vllm import ServerError, VllmEngine
 
 __all__ = [
@@ -15,4 +22,5 @@ __all__ = [
     "SamplingParams",
     "ServerError",
     "VllmEngine",
+    "join_rollouts",
 ]

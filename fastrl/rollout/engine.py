@@ -110,16 +110,19 @@ class RolloutEngine:
         *,
         max_new_tokens: Sequence[int] | None = None,
         group_stop: GroupStop | None = None,
+        first_row: int = 0,
         progress: bool = False,
     ) -> Rollouts:
         """Sample `group_size` completions for each prompt.
 
         prompts are strings (with a tokenizer) or lists of token ids; max_new_tokens, one for each
         prompt, replaces that of `sampling`. Whenever completions of a group end while others go on,
-        `group_stop` is asked which of these to end too. progress shows a bar with tokens per
-        second. Raises `ValueError` for empty prompts, for prompts that leave no room for
-        `max_new_tokens` in the model's context, for ids outside the vocabulary, for strings or stop
-        strings without a tokenizer, and for `group_stop` with groups of more than `max_rows`.
+        `group_stop` is asked which of these to end too. first_row is the number of the first
+        completion, where these are a part of more: what is drawn depends on it. progress shows a
+        bar with tokens per second. Raises `ValueError` for empty prompts, for prompts that leave no
+        room for `max_new_tokens` in the model's context, for ids outside the vocabulary, for
+        strings or stop strings without a tokenizer, and for `group_stop` with groups of more than
+        `max_rows`.
         """
         if group_stop is not None and group_size > self.max_rows:
             raise ValueError(
@@ -146,7 +149,7 @@ class RolloutEngine:
         try:
             with generation.progress_bar(progress, sum(request.limits) * group_size) as bar:
                 completions = generation.generate(
-                    rows, lm_head(self.model), request, ending, self.max_rows, bar
+                    rows, lm_head(self.model), request, ending, self.max_rows, first_row, bar
                 )
         finally:
             self.model.train(was_training)

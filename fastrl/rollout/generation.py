@@ -145,9 +145,10 @@ def generate(
     request: Request,
     ending: Ending,
     max_rows: int,
+    first_row: int,
     progress: Callable[[int, int], None],
 ) -> Completions:
-    """Sample all rows of a request, at most `max_rows` at a time.
+    """Sample all rows of a request, which are numbered from `first_row`, `max_rows` at a time.
 
     Whole groups wait for places (single rows, where a group is more than `max_rows`) and take those
     of rows that have ended. progress is told the tokens sampled and those that rows which ended
@@ -159,7 +160,8 @@ def generate(
     out = Completions(limits)
     total, width = out.tokens.shape
     unit = size if size <= max_rows else 1
-    seeds = row_seeds(sampling.seed, torch.arange(total, device=device))
+    numbers = torch.arange(first_row, first_row + total, device=device)
+    seeds = row_seeds(sampling.seed, numbers)
     live = torch.zeros(0, dtype=torch.int64, device=device)
     positions, at = live, live  # tokens sampled for each live row; where its next one goes
     waiting, least = 0, 0  # the first row that waits; steps until a live row reaches its limit

@@ -1,9 +1,10 @@
 """What to sample and what comes back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fastrl.kernels import GroupLayout
@@ -88,6 +89,38 @@ class Rollouts:
                 self.completion_ids.tolist(), self.layout.completion_lengths, strict=True
             )
         ]
+
+    def to(self, device: torch.device | str) -> "Rollouts":
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | GroupLayout)
+        }
+        return replace(self, **moved)
+
+
+def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
+    """Rollouts of one policy and group size as one, in the order given."""
+    steps = max(part.completion_ids.shape[1] for part in parts)
+
+    def tensor(name: str) -> Tensor:
+        rows = [getattr(part, name) for part in parts]
+        return torch.cat([nn.functional.pad(x, (0, steps - x.shape[1])) for x in rows])
+
+    mask = tensor("completion_mask")
+    lengths = mask.sum(-1).view(-1, parts[0].layout.group_size).tolist()
+    prompts = [n for part in parts for n in part.layout.prompt_lengths]
+    return Rollouts(
+        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+        completion_ids=tensor("completion_ids"),
+        completion_mask=mask,
+        logprobs=tensor("logprobs"),
+        untruncated_logprobs=tensor("untruncated_logprobs"),
+        finish_reason=[reason for part in parts for reason in part.finish_reason],
+        layout=GroupLayout.from_lengths(prompts, lengths, mask.device),
+        weight_version=parts[0].weight_version,
+    )
 
 
 class Engine(Protocol):

@@ -1,6 +1,6 @@
 """What one optimizer step learns from: prompts, completions, and figures for each of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from fastrl.models import (
     group_logprobs,
     group_rows,
 )
+from fastrl.train import parallel
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,25 @@ class Batch:
         }
         return replace(self, prompt_ids=[self.prompt_ids[i] for i in rows.tolist()], **tensors)
 
-    def micro_batches(self, size: int, *, shared_prefix: bool = False) -> Iterator["Batch"]:
-        """Pieces of at most `size` rows. Their weights stay those of the whole batch."""
-        return map(self.select, self.pieces(size, shared_prefix=shared_prefix))
+    def micro_batches(
+        self, size: int, *, shared_prefix: bool = False
+    ) -> Iterator[tuple["Batch", bool]]:
+        """This process's pieces of at most `size` rows, and whether they count; see `share`.
+
+        Their weights stay those of the whole batch.
+        """
+        pieces = parallel.share(self.pieces(size, shared_prefix=shared_prefix))
+        return ((self.select(piece), counts) for piece, counts in pieces)
 
     def pieces(self, size: int, *, shared_prefix: bool) -> list[Tensor]:
         """The rows of each micro-batch: of similar length or, with shared_prefix, whole groups.
 
-        A group is split only where it has more than `size` rows, a unit never.
+        A group is split only where it has more than `size` rows, a unit never. Where there are
+        several processes, there is a piece for each, if the rows are enough.
         """
         device = self.completion_mask.device
-        size = max(size // self.unit, 1) * self.unit
+        share = -(-len(self.prompt_ids) // (self.unit * parallel.size()))
+        size = max(min(size // self.unit, share), 1) * self.unit
         if shared_prefix:
             parts: list[list[int]] = []
             for group in group_rows(self.prompt_ids):
@@ -121,24 +130,42 @@ class Batch:
         self, model: nn.Module, size: int, temperature: float = 1.0, *, shared_prefix: bool
     ) -> Tensor:
         """`logprobs` without gradients or dropout, at most `size` rows at a time."""
-        out = torch.zeros(self.completion_ids.shape, device=self.completion_ids.device)
-        with frozen(model):
-            for piece in self.pieces(size, shared_prefix=shared_prefix):
-                part = self.select(piece).logprobs(model, temperature, shared_prefix=shared_prefix)
-                out[piece, : part.logprob.shape[1]] = part.logprob
-        return out
+        return self.frozen_figures(
+            model,
+            size,
+            lambda part: part.logprobs(model, temperature, shared_prefix=shared_prefix).logprob,
+            shared_prefix=shared_prefix,
+        )
 
     def frozen_scores(self, model: nn.Module, size: int, level: Level = "sequence") -> Tensor:
         """`scores` without gradients or dropout, at most `size` rows at a time."""
-        shape = self.completion_ids.shape
-        out = torch.zeros(
-            shape[:1] if level == "sequence" else shape, device=self.completion_ids.device
+        per_row = level == "sequence"
+        return self.frozen_figures(
+            model, size, lambda part: part.scores(model, level), per_row=per_row
         )
+
+    def frozen_figures(
+        self,
+        model: nn.Module,
+        size: int,
+        compute: Callable[["Batch"], Tensor],
+        *,
+        per_row: bool = False,
+        shared_prefix: bool = False,
+    ) -> Tensor:
+        """Figures `[B, T]`, or `[B]` if per_row, of a model without gradients or dropout.
+
+        compute makes them of at most `size` rows at a time; processes share the work.
+        """
+        shape = self.completion_ids.shape[: 1 if per_row else 2]
+        out = torch.zeros(shape, device=self.completion_ids.device)
         with frozen(model):
-            for piece in self.pieces(size, shared_prefix=False):
-                part = self.select(piece).scores(model, level)
-                at = (piece,) if part.dim() == 1 else (piece, slice(part.shape[1]))
-                out[at] = part
+            for piece, counts in parallel.share(self.pieces(size, shared_prefix=shared_prefix)):
+                figures = compute(self.select(piece))
+                if counts:
+                    at: Any = (piece, *map(slice, figures.shape[1:]))
+                    out[at] = figures
+        parallel.add_up([out])
         return out
 
 

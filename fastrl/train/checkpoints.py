@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastrl.train import config as cfg
+from fastrl.train import parallel
 from fastrl.train.optimizer import Optimizer
 from fastrl.train.recipe import dump_config, load_recipe
 
@@ -158,7 +159,7 @@ def load_weights(current: dict[str, Tensor], path: Path) -> None:
     if saved.keys() != current.keys() or any(saved[n].shape != p.shape for n, p in current.items()):
         raise CheckpointError(f"{str(path)!r} holds the weights of another model")
     for name, parameter in current.items():
-        parameter.copy_(saved[name])
+        parameter.copy_(parallel.like(saved[name], parameter))
 
 
 def save(
@@ -170,14 +171,17 @@ def save(
 ) -> Path:
     """Write `folder/checkpoints/step-N`, then delete all but the newest `keep`.
 
-    It holds the weights of every network and the state of every optimizer, by name.
+    It holds the weights of every network and the state of every optimizer, by name, whole: a run
+    may go on with another number of processes.
     """
+    weights = {name: parallel.collect(tensors) for name, tensors in networks.items()}
+    states = {name: parallel.collect(o.state()) for name, o in optimizers.items()}
 
     def fill(temporary: Path) -> None:
-        for name, weights in networks.items():
-            save_weights(weights, temporary / f"{name}.safetensors")
-        for name, optimizer in optimizers.items():
-            save_file(optimizer.state(), temporary / f"{name}.optimizer.safetensors")
+        for name, tensors in weights.items():
+            save_weights(tensors, temporary / f"{name}.safetensors")
+        for name, tensors in states.items():
+            save_file(tensors, temporary / f"{name}.optimizer.safetensors")
         files = {
             p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in temporary.iterdir()
         }
@@ -185,9 +189,13 @@ def save(
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
 
     target = folder / "checkpoints" / f"step-{progress.step:08d}"
-    write_folder(target, fill)
-    for old in _saved(folder)[:-keep]:
-        shutil.rmtree(old)
+
+    def write() -> None:
+        write_folder(target, fill)
+        for old in _saved(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    parallel.first(write)
     return target
 
 

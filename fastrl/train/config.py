@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from fastrl.train.parallel import Parallel
 from fastrl.train.section import Section
 from fastrl.train.stages import ALGORITHMS, PRESETS, PolicyGradient, Stage
 
@@ -215,6 +216,10 @@ class Config(Section):
     keep_checkpoints: int = Field(2, ge=1)
     rollout_rows: int = Field(256, ge=1, description="completions decoded at a time")
     rollout: RolloutServer | None = None
+    parallel: Parallel = Field(
+        "replicated",
+        description="how several processes hold a model: each all of it, or each a part (fsdp)",
+    )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
 
     @model_validator(mode="before")

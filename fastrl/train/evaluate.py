@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fastrl.rollout import SamplingParams
+from fastrl.train import parallel
 from fastrl.train.algorithms import Context, demonstration_loss, ranking_loss, rankings
 from fastrl.train.rewards import Scored
 from fastrl.train.stages import SFT, Reward
@@ -30,13 +30,9 @@ def evaluate(context: Context) -> tuple[dict[str, float], Scored | None]:
     if isinstance(stage, Reward) and all(e.ranked_ids for e in setup.held_out):
         metrics["eval/pair_accuracy"] = _pair_accuracy(context)
     if stage.trains_policy and setup.rewards.functions:
-        greedy = SamplingParams(
-            temperature=0.0,
-            max_new_tokens=setup.config.max_completion_length,
-            eos_token_id=setup.tokenizer.eos_token_id,
-        )
-        rollouts = setup.engine.generate([e.prompt_ids for e in setup.held_out], 1, greedy)
-        scored = setup.rewards.score_rollouts(setup.held_out, rollouts, setup.tokenizer)
+        rollouts = context.sample(setup.held_out, 0, greedy=True)
+        scored = context.score(setup.held_out, rollouts)
+        assert scored is not None
         first = next(iter(scored.parts.values()))
         metrics["eval/reward"] = sum(scored.total) / len(scored.total)
         metrics["eval/accuracy"] = sum(s >= 1 - 1e-6 for s in first) / len(first)
@@ -51,9 +47,10 @@ def _nll(context: Context) -> float:
     nll = sum(
         float(demonstration_loss(context.policy, stage, part)[1]["nll"])
         * int(part.completion_mask.sum())
-        for part in batch.micro_batches(stage.micro_batch_size)
+        * counts
+        for part, counts in batch.micro_batches(stage.micro_batch_size)
     )
-    return nll / int(batch.completion_mask.sum())
+    return sum(parallel.gather(nll)) / int(batch.completion_mask.sum())
 
 
 def _pair_accuracy(context: Context) -> float:
@@ -62,7 +59,7 @@ def _pair_accuracy(context: Context) -> float:
     margin = stage.margin if all(stage.margin in e.columns for e in held_out) else None
     batch = rankings(context, held_out, margin)
     right = sum(
-        float(ranking_loss(context, part)[1]["accuracy"]) * len(part.prompt_ids)
-        for part in batch.micro_batches(stage.micro_batch_size)
+        float(ranking_loss(context, part)[1]["accuracy"]) * len(part.prompt_ids) * counts
+        for part, counts in batch.micro_batches(stage.micro_batch_size)
     )
-    return right / len(batch.prompt_ids)
+    return sum(parallel.gather(right)) / len(batch.prompt_ids)

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastrl import models
-from fastrl.train import checkpoints
+from fastrl.train import checkpoints, parallel
 from fastrl.train.algorithms import STEPS, Context, stream_seed
 from fastrl.train.checkpoints import Progress
 from fastrl.train.config import Config
@@ -34,39 +34,45 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
     """Train as the recipe says; returns the run folder (default `runs/<name>-seed<seed>-<time>`).
 
     The folder holds config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and, at the end, final/
-    (the policy in Hugging Face format) and final-NAME/ of each scoring model. Raises `ConfigError`,
-    `DataError`, `RewardError` or `ValueError` for settings that cannot work, before the folder is
-    made; `CheckpointError` for a folder that exists or a disk that is full; `TrainingError` after
-    three non-finite steps in a row.
+    (the policy in Hugging Face format) and final-NAME/ of each scoring model. Processes that
+    torchrun started train together, and the first one writes; all have to see the folder. Raises
+    `ConfigError`, `DataError`, `RewardError` or `ValueError` for settings that cannot work, before
+    the folder is made; `CheckpointError` for a folder that exists or a disk that is full;
+    `TrainingError` after three non-finite steps in a row.
     """
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = (
-        Path(out) if out is not None else Path("runs") / f"{config.name}-seed{config.seed}-{stamp}"
-    )
-    if folder.exists():
-        checkpoints.create_run(folder, config)  # raises: say so before loading anything
-    setup = prepare(config)
-    checkpoints.create_run(folder, config)
-    (console or Console()).print(f"run {folder}", highlight=False, soft_wrap=True)
-    return _train(setup, folder, Progress(), None, console)
+    with parallel.processes():
+        stamp = parallel.first(lambda: datetime.now().strftime("%Y%m%d-%H%M%S"))
+        name = f"{config.name}-seed{config.seed}-{stamp}"
+        folder = Path(out) if out is not None else Path("runs") / name
+        if parallel.first(folder.exists):
+            checkpoints.create_run(folder, config)  # raises: say so before loading anything
+        setup = prepare(config)
+        parallel.first(lambda: checkpoints.create_run(folder, config))
+        if parallel.rank() == 0:
+            (console or Console()).print(f"run {folder}", highlight=False, soft_wrap=True)
+        return _train(setup, folder, Progress(), None, console)
 
 
 def resume(folder: Path | str, console: Console | None = None) -> Path:
-    """Continue a run from its newest checkpoint, to the same bits as if it had never stopped."""
+    """Continue a run from its newest checkpoint, to the same bits as if it had never stopped.
+
+    With another number of processes, to rounding.
+    """
     folder = Path(folder)
-    config = checkpoints.open_run(folder)
-    checkpoints.check_inputs(folder, config)
-    checkpoint = checkpoints.latest(folder)
-    progress = Progress() if checkpoint is None else checkpoints.read_progress(checkpoint)
-    setup = prepare(config)
-    if checkpoint is not None:
-        names = list(config.stages)
-        for name in names[: names.index(progress.stage) + 1]:
-            _add_scorers(setup, config.stages[name])
-        for name, network in setup.networks.items():
-            weights = checkpoints.trainable(network)
-            checkpoints.load_weights(weights, checkpoint / f"{name}.safetensors")
-    return _train(setup, folder, progress, checkpoint, console)
+    with parallel.processes():
+        config = checkpoints.open_run(folder)
+        checkpoints.check_inputs(folder, config)
+        checkpoint = checkpoints.latest(folder)
+        progress = Progress() if checkpoint is None else checkpoints.read_progress(checkpoint)
+        setup = prepare(config)
+        if checkpoint is not None:
+            names = list(config.stages)
+            for name in names[: names.index(progress.stage) + 1]:
+                _add_scorers(setup, config.stages[name])
+            for name, network in setup.networks.items():
+                weights = checkpoints.trainable(network)
+                checkpoints.load_weights(weights, checkpoint / f"{name}.safetensors")
+        return _train(setup, folder, progress, checkpoint, console)
 
 
 def _train(
@@ -99,13 +105,15 @@ def _train(
 
 
 def _save_final(setup: Setup, network: nn.Module, folder: Path) -> None:
-    def fill(path: Path) -> None:
-        if isinstance(network, models.ValueHead):
-            checkpoints.save_weights(checkpoints.trainable(network), path / "model.safetensors")
-        else:
-            models.save_pretrained(network, setup.tokenizer, path)
+    with parallel.whole(network) as model:
 
-    checkpoints.write_folder(folder, fill)
+        def fill(path: Path) -> None:
+            if isinstance(model, models.ValueHead):
+                checkpoints.save_weights(checkpoints.trainable(model), path / "model.safetensors")
+            else:
+                models.save_pretrained(model, setup.tokenizer, path)
+
+        parallel.first(lambda: checkpoints.write_folder(folder, fill))
 
 
 @dataclass
@@ -130,15 +138,16 @@ def _begin(setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path
     if checkpoint is None:
         _add_scorers(setup, stage)
         if stage.reference or name in _needed_later(setup.config):
-            weights = checkpoints.trainable(setup.policy)
-            checkpoints.write_folder(
-                folder / f"begin-{name}",
-                lambda path: checkpoints.save_weights(weights, path / "policy.safetensors"),
-            )
+            weights = parallel.collect(checkpoints.trainable(setup.policy))
+
+            def fill(path: Path) -> None:
+                checkpoints.save_weights(weights, path / "policy.safetensors")
+
+            parallel.first(lambda: checkpoints.write_folder(folder / f"begin-{name}", fill))
     reference = earlier = None
     if isinstance(stage, Distillation) and stage.teacher is not None:
         teacher: nn.Module = models.load_model(stage.teacher)
-        reference = _frozen(teacher.to(setup.device))
+        reference = parallel.distribute(_frozen(teacher.to(setup.device)), setup.config.parallel)
     elif stage.reference:
         reference = _as_it_was(setup, folder, name)
     origin = _earlier(setup.config, name)
@@ -147,7 +156,7 @@ def _begin(setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path
     if checkpoint is None and isinstance(stage, Distillation) and stage.teacher is None:
         fresh = checkpoints.trainable(load_policy(setup.config, setup.tokenizer)[0])
         for key, parameter in checkpoints.trainable(setup.policy).items():
-            parameter.copy_(fresh[key])
+            parameter.copy_(parallel.like(fresh[key], parameter))
         setup.engine.weights_changed()
     optimizers = {}
     for network in [*(["policy"] if stage.trains_policy else []), *stage.scorers]:
@@ -185,14 +194,16 @@ def _needed_later(config: Config) -> set[str | None]:
 def _as_it_was(setup: Setup, folder: Path, name: str) -> nn.Module:
     """A frozen copy of the policy as it was when a stage began.
 
-    Parameters that never train are shared.
+    Parameters that never train are shared, unless each process has only a part of them.
     """
-    kept = {id(p): p for p in setup.policy.parameters() if not p.requires_grad}
     setup.policy.zero_grad()  # gradients would be copied along
-    model = copy.deepcopy(setup.policy, kept)
+    with parallel.whole(setup.policy) as policy:
+        frozen = (p for p in policy.parameters() if not p.requires_grad)
+        kept = {id(p): p for p in frozen if policy is setup.policy}
+        model = copy.deepcopy(policy, kept)
     path = folder / f"begin-{name}" / "policy.safetensors"
     checkpoints.load_weights(checkpoints.trainable(model), path)
-    return _frozen(model)
+    return parallel.distribute(_frozen(model), setup.config.parallel)
 
 
 def _frozen(model: nn.Module) -> nn.Module:
@@ -206,13 +217,17 @@ def _like(model: nn.Module, policy: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_finite(setup: Setup, progress: Progress) -> None:
-    for network, model in setup.networks.items():
-        for name, parameter in checkpoints.trainable(model).items():
-            if not torch.isfinite(parameter).all():
-                raise TrainingError(
-                    f"step {progress.step} left {network}'s {name} with NaN or infinity, so it is "
-                    "not saved; a lower learning rate may help"
-                )
+    bad = [
+        f"{network}'s {name}"
+        for network, model in setup.networks.items()
+        for name, parameter in checkpoints.trainable(model).items()
+        if not torch.isfinite(parallel.local(parameter)).all()
+    ]
+    for name in (name for names in parallel.gather(bad) for name in names):
+        raise TrainingError(
+            f"step {progress.step} left {name} with NaN or infinity, so it is not saved; a lower "
+            "learning rate may help"
+        )
 
 
 def _step(work: Work, progress: Progress, tracker: Tracker, folder: Path) -> Progress:
@@ -298,7 +313,7 @@ def _save_skipped(
         "grad_norm": str(norm),
         "samples": samples,
     }
-    checkpoints.write_whole(path, json.dumps(report, indent=1).encode())
+    parallel.first(lambda: checkpoints.write_whole(path, json.dumps(report, indent=1).encode()))
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         raise TrainingError(
             f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient and were not applied "

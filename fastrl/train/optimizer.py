@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.train import stages
+from fastrl.train import parallel, stages
 
 
 def learning_rate(settings: stages.Optimizer, step: int, total: int) -> float:
@@ -62,11 +62,16 @@ class Optimizer:
                 p.grad = None
 
     def clip(self) -> float:
-        """Clip the gradients to `max_grad_norm`; returns their norm before clipping."""
+        """Add up the gradients of all processes and clip them to `max_grad_norm`.
+
+        Returns their norm before clipping.
+        """
         for m in self.masters:
             if m.grad is None:
                 m.grad = torch.zeros_like(m)
-        return float(nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm))
+        parallel.add_up([m.grad for m in self.masters if m.grad is not None])
+        norm = nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
+        return float(parallel.full(norm))
 
     @torch.no_grad()
     def step(self, step: int) -> float:
@@ -94,9 +99,10 @@ class Optimizer:
         """Take over what `state` gave; raises `KeyError` for a tensor that is missing."""
         for name, p, m in zip(self.names, self.parameters, self.masters, strict=True):
             if p is not m:
-                m.copy_(tensors[f"master.{name}"])
+                m.copy_(parallel.like(tensors[f"master.{name}"], m))
             if f"exp_avg.{name}" in tensors:
                 state: dict[str, Any] = {
-                    key: tensors[f"{key}.{name}"].to(m.device) for key in ("exp_avg", "exp_avg_sq")
+                    key: parallel.like(tensors[f"{key}.{name}"], m)
+                    for key in ("exp_avg", "exp_avg_sq")
                 }
                 self.adamw.state[m] = state | {"step": tensors[f"step.{name}"].to(m.device)}

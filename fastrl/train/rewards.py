@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl.reward import RewardFunction, score_completions
 from fastrl.rollout import Rollouts
+from fastrl.train import parallel
 from fastrl.train.config import Reward
 from fastrl.train.data import Example
 
@@ -32,13 +33,18 @@ class RewardSum:
     def score_rollouts(
         self, examples: Sequence[Example], rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase
     ) -> Scored:
-        """Scores of groups of completions, one group for each example."""
-        rows = [e for e in examples for _ in range(rollouts.layout.group_size)]
-        lists = rollouts.completion_lists()
-        return self.score(rows, tokenizer.batch_decode(lists, skip_special_tokens=True))
+        """Scores of groups of completions, one group for each example.
 
-    def score(self, rows: Sequence[Example], texts: list[str]) -> Scored:
-        """Scores of one completion for each row."""
+        Each process scores a part of the groups.
+        """
+        size = rollouts.layout.group_size
+        rows = [e for e in examples for _ in range(size)]
+        texts = tokenizer.batch_decode(rollouts.completion_lists(), skip_special_tokens=True)
+        mine = parallel.span(len(examples))
+        return self.score(rows, texts, slice(mine.start * size, mine.stop * size))
+
+    def score(self, rows: Sequence[Example], texts: list[str], mine: slice | None = None) -> Scored:
+        """Scores of one completion for each row; of those that are not `mine` by others."""
         prompts = [e.prompt for e in rows]
         completions = [
             t if isinstance(p, str) else [{"role": "assistant", "content": t}]
@@ -48,7 +54,13 @@ class RewardSum:
         columns = {name: [e.columns.get(name) for e in rows] for name in sorted(names)}
         parts = {}
         for name, (function, reward) in self.functions.items():
-            scores = score_completions(function, name, prompts, completions, columns)
+            if mine is None:
+                scores = score_completions(function, name, prompts, completions, columns)
+            else:
+                some = {key: values[mine] for key, values in columns.items()}
+                given = prompts[mine], completions[mine], some
+                part = score_completions(function, name, *given) if given[0] else []
+                scores = [score for scores in parallel.gather(part) for score in scores]
             if reward.threshold is not None:
                 scores = [float(s >= reward.threshold) for s in scores]
             parts[name] = scores

@@ -14,7 +14,7 @@ from fastrl.kernels import IMPLEMENTATIONS, native
 from fastrl.reward import QuantizedRewardModel, RewardFunction, load_reward_function
 from fastrl.reward.reasoning_gym import verifier
 from fastrl.rollout import Engine, RolloutEngine, VllmEngine
-from fastrl.train import data
+from fastrl.train import data, parallel
 from fastrl.train.config import Config, ConfigError, Reward
 from fastrl.train.rewards import RewardSum
 from fastrl.train.stages import SPIN, PolicyGradient, Preference
@@ -70,12 +70,14 @@ def prepare(config: Config) -> Setup:
     context = getattr(models.backbone(model).config, "max_position_embeddings", None)
     for examples, source in ((train, "training data"), (held_out, "held-out data")):
         data.check_context(examples, config.max_completion_length, context, source)
+    shared = _shared_prefix(config, model, device)
+    model = parallel.distribute(model, config.parallel)
+    sampled = parallel.plain(model)
     engine: Engine
     if config.rollout is None:
-        engine = RolloutEngine(model, tokenizer, max_rows=config.rollout_rows)
+        engine = RolloutEngine(sampled, tokenizer, max_rows=config.rollout_rows)
     else:
-        engine = VllmEngine(model, tokenizer, **config.rollout.model_dump())
-    shared = _shared_prefix(config, model, device)
+        engine = VllmEngine(sampled, tokenizer, **config.rollout.model_dump())
     networks = {"policy": model}
     return Setup(config, networks, tokenizer, train, held_out, rewards, engine, device, shared)
 
@@ -94,12 +96,13 @@ def add_scorer(setup: Setup, name: str, heads: int, seed: int) -> None:
     pad = setup.tokenizer.pad_token_id
     if pad is None:
         pad = setup.tokenizer.eos_token_id
-    scorer = models.build_scorer(setup.policy, pad, heads=heads, seed=seed)
+    with parallel.whole(setup.policy) as policy:
+        scorer = models.build_scorer(policy, pad, heads=heads, seed=seed)
     if config.lora is not None:
         scorer = models.add_lora(scorer, **config.lora.model_dump(), seed=seed, scores=True)
     if config.gradient_checkpointing:
         scorer.gradient_checkpointing_enable({"use_reentrant": False})
-    setup.networks[name] = scorer.train()
+    setup.networks[name] = parallel.distribute(scorer.train(), setup.config.parallel)
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -127,6 +130,8 @@ def load_policy(
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and parallel.size() > 1:
+        name = f"cuda:{parallel.local_rank()}"  # a GPU for each process
     try:
         device = torch.device(name)
         model = model.to(device)

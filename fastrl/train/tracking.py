@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fastrl.train import config as cfg
+from fastrl.train import parallel
 from fastrl.train.checkpoints import CheckpointError, write_whole
 from fastrl.train.rewards import Scored
 
@@ -51,18 +52,20 @@ class Tracker:
     """Writes `metrics.jsonl` and `samples.jsonl` and shows progress on the console.
 
     Opened at step `done`, it first drops what was recorded after it, so that a resumed run has one
-    history.
+    history. Only the first of several processes writes and shows anything.
     """
 
     def __init__(self, folder: Path, config: cfg.Config, done: int, console: Console | None = None):
-        self.console = console or Console()
+        chief = parallel.rank() == 0
+        self.console = (console or Console()) if chief else Console(quiet=True)
         self.files = {}
-        for name in ("metrics", "samples"):
+        for name in ("metrics", "samples") if chief else ():
             path = folder / f"{name}.jsonl"
             kept = [r for r in read_jsonl(path) if r["step"] <= done]
             write_whole(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
             self.files[name] = path.open("a")
-        self.trackers = [_open_tracker(name, folder, config) for name in config.trackers]
+        names = config.trackers if chief else ()
+        self.trackers = [_open_tracker(name, folder, config) for name in names]
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -127,6 +130,8 @@ class Tracker:
         self.console.print(table)
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
+        if name not in self.files:
+            return
         try:
             self.files[name].write(json.dumps(row) + "\n")
             self.files[name].flush()

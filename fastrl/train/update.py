@@ -1,12 +1,13 @@
 """One optimizer step: gradients a micro-batch at a time, clipped, checked, applied."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
+from fastrl.train import parallel
 from fastrl.train.batches import Batch
 from fastrl.train.optimizer import Optimizer
 from fastrl.train.rewards import Scored
@@ -42,9 +43,10 @@ def accumulate(
     shared_prefix: bool = False,
     per: Per = "token",
 ) -> dict[str, float]:
-    """Gradients of one optimizer step, a micro-batch at a time.
+    """Gradients of one optimizer step, a micro-batch at a time; each process sees to its share.
 
-    Returns the loss and metrics of the whole batch.
+    Returns the loss and metrics of the whole batch. The gradients of a replicated model are this
+    process's summands until `Optimizer.clip`.
     """
     for optimizer in optimizers:
         optimizer.zero_grad()
@@ -56,19 +58,23 @@ def accumulate(
 
     metrics: dict[str, float] = {}
     total, whole = 0.0, count(batch)
-    for part in batch.micro_batches(micro_batch_size, shared_prefix=shared_prefix):
-        value, figures = loss(part)
-        value.backward()
-        for optimizer in optimizers:
-            optimizer.collect()
-        total += float(value.detach())
-        share = count(part) / max(whole, 1.0)
-        for name, figure in figures.items():
-            if name.endswith("_max"):
-                metrics[name] = max(metrics.get(name, -math.inf), float(figure))
-            else:
-                metrics[name] = metrics.get(name, 0.0) + share * float(figure)
-    return {"loss": total, **metrics}
+    with parallel.own_noise():
+        for part, counts in batch.micro_batches(micro_batch_size, shared_prefix=shared_prefix):
+            value, figures = loss(part)
+            (value if counts else value * 0.0).backward()
+            for optimizer in optimizers:
+                optimizer.collect()
+            if not counts:
+                continue
+            total += float(value.detach())
+            share = count(part) / max(whole, 1.0)
+            for name, figure in figures.items():
+                if name.endswith("_max"):
+                    metrics[name] = max(metrics.get(name, -math.inf), float(figure))
+                else:
+                    metrics[name] = metrics.get(name, 0.0) + share * float(figure)
+    shares = parallel.gather({"loss": total, **metrics})
+    return {name: _combine(name, shares, sum) for name in _names(shares)}
 
 
 def apply(
@@ -103,8 +109,15 @@ def apply(
 
 def merge(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric over the updates of a step that have it; of `_max`, the largest."""
-    names = dict.fromkeys(name for metrics in steps for name in metrics)
-    values = {name: [m[name] for m in steps if name in m] for name in names}
-    return {
-        name: max(v) if name.endswith("_max") else sum(v) / len(v) for name, v in values.items()
-    }
+    return {name: _combine(name, steps, lambda v: sum(v) / len(v)) for name in _names(steps)}
+
+
+def _names(parts: Sequence[Mapping[str, float]]) -> Iterable[str]:
+    return dict.fromkeys(name for metrics in parts for name in metrics)
+
+
+def _combine(
+    name: str, parts: Sequence[Mapping[str, float]], how: Callable[[list[float]], float]
+) -> float:
+    values = [metrics[name] for metrics in parts if name in metrics]
+    return max(values) if name.endswith("_max") else how(values)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastrl.losses import token_weights
 from fastrl.losses.reduction import Reduction
-from fastrl.rollout import Engine, RolloutEngine, Rollouts, SamplingParams
+from fastrl.rollout import Engine, RolloutEngine, Rollouts, SamplingParams, join_rollouts
+from fastrl.train import parallel
 from fastrl.train.batches import Batch, pad_batch
 from fastrl.train.data import Example, batch_indices
 from fastrl.train.rewards import Scored
@@ -70,7 +71,11 @@ class Context:
         model: nn.Module | None = None,
         greedy: bool = False,
     ) -> Rollouts:
-        """Completions of the policy, or of another model; `index` seeds them."""
+        """Completions of the policy, or of another model; `index` seeds them.
+
+        Each process samples a part of the groups and gets them all; where a server samples, the
+        first process asks it. A sharded model is gathered for as long as it is sampled from.
+        """
         stage = self.stage
         sampling = SamplingParams(
             temperature=0.0 if greedy else stage.temperature,
@@ -83,14 +88,31 @@ class Context:
             seed=(self.seed << 32) + index,
         )
         prompts = [e.prompt_ids for e in examples]
-        return self._engine(model).generate(prompts, group_size, sampling)
+        with parallel.whole(self.policy if model is None else model):
+            engine = self._engine(model)
+            if parallel.size() == 1:
+                return engine.generate(prompts, group_size, sampling)
+            if not isinstance(engine, RolloutEngine):
+                asked = parallel.first(
+                    lambda: engine.generate(prompts, group_size, sampling).to("cpu")
+                )
+                return asked.to(self.setup.device)
+            mine, part = parallel.span(len(prompts)), None
+            if prompts[mine]:
+                row = mine.start * group_size
+                part = engine.generate(prompts[mine], group_size, sampling, first_row=row)
+        gathered = parallel.gather(None if part is None else part.to("cpu"))
+        parts = [part for part in gathered if part is not None]
+        return join_rollouts(parts).to(self.setup.device)
 
     def _engine(self, model: nn.Module | None) -> Engine:
         if model is None:
             return self.setup.engine
         if id(model) not in self.engines:
             self.engines[id(model)] = RolloutEngine(
-                model, self.setup.tokenizer, max_rows=self.setup.config.rollout_rows
+                parallel.plain(model),
+                self.setup.tokenizer,
+                max_rows=self.setup.config.rollout_rows,
             )
         self.engines[id(model)].weights_changed()
         return self.engines[id(model)]

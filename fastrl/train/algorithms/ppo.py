@@ -18,7 +18,7 @@ from fastrl.train.algorithms.policy import (
     sample_batch,
 )
 from fastrl.train.algorithms.ranking import Values
-from fastrl.train.batches import Batch, frozen
+from fastrl.train.batches import Batch
 from fastrl.train.stages import PPO
 from fastrl.train.update import Update
 
@@ -65,14 +65,12 @@ def frozen_values(context: Context, batch: Batch) -> Tensor:
     critic, size = context.setup.networks["critic"], context.stage.micro_batch_size
     if not isinstance(critic, ValueHead):
         return batch.frozen_scores(critic, size, "state")
-    values = torch.zeros_like(batch.weights)
-    with frozen(context.policy):
-        for piece in batch.pieces(size, shared_prefix=False):
-            part = batch.select(piece)
-            values[piece, : part.completion_ids.shape[1]] = critic.values(
-                completion_states(context.policy, *part.completions), part.completion_mask
-            )
-    return values
+
+    def values(part: Batch) -> Tensor:
+        states = completion_states(context.policy, *part.completions)
+        return critic.values(states, part.completion_mask)
+
+    return batch.frozen_figures(context.policy, size, values)
 
 
 def critic_loss(context: Context, batch: Batch) -> Values:

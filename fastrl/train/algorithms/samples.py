@@ -49,21 +49,35 @@ def distillation(context: Context, index: int) -> Iterator[Update]:
     teacher = context.reference
     assert teacher is not None
 
-    def loss(part: Batch) -> Values:
+    yield Update(
+        ("policy",),
+        batch,
+        lambda part: _loss(context.policy, teacher, stage, part),
+        metrics=metrics,
+        scored=scored,
+    )
+
+
+# Both lm-heads are read inside their models' forwards: FSDP2 gathers them for no longer.
+@as_forward
+def _loss(policy: nn.Module, teacher: nn.Module, stage: Distillation, batch: Batch) -> Values:
+    student = _states(policy, batch)
+
+    @as_forward
+    def compare(teacher: nn.Module) -> Values:
         with torch.no_grad():
-            states = _states(teacher, part)
+            states = _states(teacher, batch)
         return losses.linear_distillation_loss(
-            *_states(context.policy, part),
+            *student,
             *states,
-            part.weights[part.completion_mask],
+            batch.weights[batch.completion_mask],
             beta=stage.beta,
             temperature=stage.temperature,
         )
 
-    yield Update(("policy",), batch, loss, metrics=metrics, scored=scored)
+    return compare(teacher)
 
 
-@as_forward
 def _states(model: nn.Module, batch: Batch) -> tuple[Tensor, dict]:
     """Last hidden states `[N, H]` that predict the completions' tokens, and the lm-head."""
     head = lm_head(model)
