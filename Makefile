@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= arithmetic
+WORKERS ?= 2
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
@@ -10,8 +11,10 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 train: $(VENV)/.installed
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
 
+# Workers share the cores: OpenMP's threads must not spin while they wait.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not gpu" \
+	  -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
