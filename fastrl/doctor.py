@@ -39,6 +39,7 @@ ADDS = {
     "generic": "plain C++, for any CPU",
     "avx2": "8 floats at a time",
     "avx512": "16 floats at a time",
+    "avx512_vnni": "int8 dot products, four times the floats' rate",
     "avx512_bf16": "bf16 dot products, twice the floats' rate",
     "amx": "bf16 and int8 tiles, about ten times the floats' rate",
 }
