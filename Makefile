@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test test-slow lint bench clean
+.PHONY: train test test-slow lint bench docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
@@ -28,6 +28,10 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest bench $(ARGS)
 
+# The pages of docs/ as a site in build/docs; a broken link is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --quiet
+
 # torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +42,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:
