@@ -100,11 +100,12 @@ def algorithms(*names: str) -> str:
 
 
 def _first_line(recipe: str) -> str:
-    """The comment that a shipped recipe begins with, papers as links."""
+    """The sentence that a shipped recipe begins with, papers as links."""
     if recipe not in shipped_recipes():
         return ""
     text = (resources.files("fastrl.recipes") / f"{recipe}.yaml").read_text()
     line = text.splitlines()[0].removeprefix("#").strip()
+    line = line if line.endswith(".") else line[: line.rindex(". ") + 1]
     return re.sub(r"\b(\d{4}\.\d{4,5})\b", r"[\1](https://arxiv.org/abs/\1)", line)
 
 
