@@ -1,0 +1,72 @@
+"""README and docs/: links lead somewhere, examples run, tables name all that the code has."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from fastrl.kernels import IMPLEMENTATIONS
+from fastrl.train.stages import ALGORITHMS, FAMILIES
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def render(page: Path) -> str:
+    spec = importlib.util.spec_from_file_location("tables", DOCS / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    return tables.on_page_markdown(page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The slugs of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *PAGES], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_links(page):
+    for link in LINK.findall(page.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(str(p.relative_to(DOCS)) for p in PAGES)
+
+
+def test_tables_name_every_algorithm_family_and_op():
+    algorithms = render(DOCS / "algorithms.md")
+    rows = set(re.findall(r"^\| `([\w+]+)` \|", algorithms, re.MULTILINE))
+    assert set(ALGORITHMS) <= rows
+    for family in FAMILIES:
+        assert {k for k in family.__annotations__ if k != "algorithm" and k[0] != "_"} <= rows | {
+            "demonstrations",
+            "rankings",
+            "trains_policy",
+        }, family
+    assert set(IMPLEMENTATIONS) <= set(re.findall(r"^\| `(\w+)`", render(DOCS / "index.md"), re.M))
+    assert not any("<!-- table" in render(page) for page in PAGES)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(DOCS.glob("ops/*.md"))], ids=lambda p: p.name
+)
+def test_examples_run(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    names = {}
+    for block in blocks:
+        if "fastrl.patch" not in block:  # needs another framework's trainer
+            exec(compile(block, page.name, "exec"), names)
+    assert names
