@@ -17,6 +17,7 @@ OPS = (
     "logits",
     "sample",
     "quant",
+    "score",
     "logprob",
     "attention",
     "decode",

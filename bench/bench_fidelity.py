@@ -1,7 +1,7 @@
 """Does the ranking survive quantization? Kendall tau and the rest, against float32.
 
-python bench/train_reward_model.py runs/reward-model       once
-python bench/bench_fidelity.py runs/reward-model [--json FILE]
+python -m fastrl.bench.train_reward_model runs/reward-model       once
+python -m fastrl.bench.bench_fidelity runs/reward-model [--json FILE]
 
 Prints a row for each scheme, plain and with what `fastrl` can do about it: `smooth` (calibrated on
 half of the held-out pairs, which are then not judged) and the layers that the report of the plain

@@ -1,6 +1,6 @@
 """TRL's own trainers with and without `fastrl.patch("trl")`: ten steps of GRPO, RLOO and DPO.
 
-python bench/bench_patch.py [--vocabularies 151936 32] [--kinds grpo rloo dpo] [--json FILE]
+python -m fastrl.bench.bench_patch [--vocabularies 151936 32] [--kinds grpo rloo dpo] [--json FILE]
 
 Each run is a process of its own, for its peak memory, and plain and patched ones take turns. The
 model is a Qwen3 of two layers of width 256 in float32, so the lm-head dominates at a large
@@ -39,7 +39,7 @@ def run(kind: str, vocabulary: int, variant: str, steps: int) -> dict:
     """Train once, in this process."""
     import contextlib
 
-    import measure
+    from fastrl.bench import measure
     import torch
     import trl_runs
     from transformers import TrainerCallback
@@ -140,7 +140,7 @@ def main():
             text += f" |{row['plain_mb']:9.0f} patched {row['patched_mb']:.0f}"
             print(f"{text}, losses to {row['loss_gap']:.1g}", flush=True)
     if options.json:
-        import measure
+        from fastrl.bench import measure
 
         facts = {"machine": measure.machine(), "rows": rows}
         options.json.write_text(json.dumps(facts, indent=2) + "\n")

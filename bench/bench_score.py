@@ -1,28 +1,21 @@
 """Whole scoring of groups of completions, part by part, against Hugging Face on the same texts.
 
-python -m pytest bench/bench_score.py          pytest-benchmark's table, a small model
-python bench/bench_score.py [--layers 24 ...]  in turns, ratios printed
-
 A sequence classifier of Qwen2.5-0.5B's shape with random weights scores G completions of about C
 tokens behind each of some prompts of P. Hugging Face runs them right-padded in one batch, in bf16
 and in float32. Ours adds one part at a time: unpadded (prompts repeated, all tokens in the last
-layer), shared prompt, last layer (the pooled tokens alone), int8.
+layer), shared prompt, last layer (the pooled tokens alone), int8. The floor counts the products of
+the tokens that are left, with the prompt once.
 """
 
-import argparse
-import json
-import time
-from pathlib import Path
+from functools import partial
 
-import pytest
 import torch
-from measure import machine, take_turns
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
+from fastrl.bench.race import FORWARD, Race, Variant, Work, within
 from fastrl.reward import Checkpoint, QuantizedRewardModel
 from fastrl.reward.pairs import Pair, pack
 
-SHAPES = [(128, 128, 8), (512, 256, 1), (512, 256, 4), (512, 256, 8), (512, 256, 16)]  # P, C, G
 ALL = 1 << 30  # tokens: one batch
 
 
@@ -43,19 +36,16 @@ def build(layers, vocabulary=4096):
     return Qwen2ForSequenceClassification(config).eval()
 
 
-def draw(prompt, completion, group, spread, prompts=1):
-    """Pairs of `prompts` groups; lengths of completions differ by up to `spread` either way."""
+def draw(prompt, completion, group, spread):
+    """Pairs of one group; lengths of completions differ by up to `spread` either way."""
     g = torch.Generator().manual_seed(0)
 
     def ids(n):
         return tuple(torch.randint(1, 4096, (n,), generator=g).tolist())
 
-    out = []
-    for _ in range(prompts):
-        shared = ids(prompt)
-        for factor in torch.rand(group, generator=g).mul(2).sub(1).mul(spread).add(1).tolist():
-            out.append(Pair(shared, ids(max(1, round(completion * factor)))))
-    return out
+    shared = ids(prompt)
+    factors = torch.rand(group, generator=g).mul(2).sub(1).mul(spread).add(1).tolist()
+    return [Pair(shared, ids(max(1, round(completion * f)))) for f in factors]
 
 
 @torch.inference_mode()
@@ -73,75 +63,92 @@ def ours(model, pairs, *, share_prompts=True, last_layer="pooled"):
     return out
 
 
-def variants(model, dtype):
-    """Name -> scores of pairs, in the order in which parts are added."""
-    checkpoint = Checkpoint.of(model)
-    plain, int8 = (QuantizedRewardModel.from_pretrained(checkpoint, s) for s in (dtype, "int8"))
-    half = Qwen2ForSequenceClassification(model.config).eval()
-    half.load_state_dict(model.state_dict())
-    half = half.to(torch.bfloat16)
-    apart = {"share_prompts": False, "last_layer": "all"}
-    return {
-        "hf float32": lambda pairs: hugging_face(model, pairs),
-        "hf bf16": lambda pairs: hugging_face(half, pairs),
-        "unpadded": lambda pairs: ours(plain, pairs, **apart),
-        "+ shared prompt": lambda pairs: ours(plain, pairs, last_layer="all"),
-        "+ last layer": lambda pairs: ours(plain, pairs),
-        "+ int8": lambda pairs: ours(int8, pairs),
+class Models:
+    """The same weights in each form, made when it is wanted."""
+
+    def __init__(self, layers):
+        self.float32 = build(layers)
+        self.made = {}
+
+    def get(self, scheme):
+        if scheme not in self.made:
+            if scheme == "half":
+                half = Qwen2ForSequenceClassification(self.float32.config).eval()
+                half.load_state_dict(self.float32.state_dict())
+                self.made[scheme] = half.to(torch.bfloat16)
+            else:
+                checkpoint = Checkpoint.of(self.float32)
+                self.made[scheme] = QuantizedRewardModel.from_pretrained(checkpoint, scheme)
+        return self.made[scheme]
+
+
+def replicated(models, pairs):
+    return hugging_face(models.float32, pairs)
+
+
+def halved(models, pairs):
+    return hugging_face(models.get("half"), pairs)
+
+
+def part(models, pairs, scheme="float32", **options):
+    return ours(models.get(scheme), pairs, **options)
+
+
+class Score(Race):
+    op = "score"
+    about = "G completions of about C tokens behind a prompt of P, scored by a reward model"
+    modes = (FORWARD,)
+    defaults = {"layers": 4, "P": 512, "C": 256, "G": 8, "spread": 0.0}
+    grids = {
+        "quick": [{"layers": 1, "P": 128, "C": 64, "G": 4}],
+        "default": [{"layers": 2, "P": 256, "C": 128}],
+        "issue": [
+            {"layers": 24, "P": p, "C": c, "G": g, "spread": spread}
+            for p, c in ((128, 128), (512, 256))
+            for g in (1, 4, 8, 16)
+            for spread in (0.0, 0.5)
+        ],
     }
 
+    def variants(self, device):
+        if device.type != "cpu":
+            raise ValueError("score races on a CPU")
+        return {
+            "fastrl int8": Variant(partial(part, scheme="int8")),
+            "fastrl float32": Variant(part),
+            "fastrl, all of the last layer": Variant(partial(part, last_layer="all")),
+            "fastrl, prompts apart": Variant(
+                partial(part, last_layer="all", share_prompts=False), slow=True
+            ),
+            "HF float32": Variant(replicated, "hf"),
+            "HF bf16": Variant(halved, "hf", slow=True),
+        }
 
-def check(calls, pairs):
-    """The gate before any timing: all score alike, to what their dtypes round."""
-    want = calls["hf float32"](pairs)
-    for name, call in calls.items():
-        error = ((call(pairs) - want).square().mean().sqrt() / want.abs().max()).item()
-        assert error < 0.1, f"{name} is {error:.3f} of the largest score away"
+    def draw(self, shape, device):
+        pairs = draw(shape["P"], shape["C"], shape["G"], shape["spread"])
+        return Models(shape["layers"]), pairs
 
+    def call(self, variant, inputs, mode):
+        return partial(variant.function, *inputs)
 
-@pytest.mark.parametrize("name", ["hf float32", "unpadded", "+ last layer", "+ int8"])
-def test_score(benchmark, name):
-    calls, pairs = variants(build(2), "float32"), draw(32, 16, 4, 0.5)
-    check(calls, pairs)
-    benchmark.pedantic(calls[name], args=(pairs,), rounds=3, iterations=1, warmup_rounds=1)
+    def gate(self, variant, inputs, shape):
+        """All score alike, to what their dtypes round; on shorter texts."""
+        models, pairs = inputs[0], draw(64, 32, 4, 0.5)
+        want = replicated(models, pairs)
+        gap = (variant.function(models, pairs) - want).square().mean().sqrt() / want.abs().max()
+        return within({"scores": gap.item()}, 0.1)
 
+    def small(self, shape):
+        return shape | {"layers": 1, "P": 16, "C": 8, "G": 2}
 
-def compare(calls, pairs, rounds):
-    def timed(call):
-        def run():
-            start = time.perf_counter()
-            call(pairs)
-            return time.perf_counter() - start
+    def bytes_needed(self, name, shape):
+        return 4.0 * 3 * shape["layers"] * 15e6
 
-        return run
-
-    return take_turns({n: timed(c) for n, c in calls.items()}, 0, rounds)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4, help="of the 24 that the model has")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bf16"), help="our parts")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--spread", type=float, nargs="*", default=[0.0, 0.5])
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("P", "C", "G"), help="only this one")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
-    calls = variants(build(options.layers), options.dtype)
-    check(calls, draw(64, 32, 4, 0.5))
-    report = {"machine": machine(), "layers": options.layers, "dtype": options.dtype, "shapes": {}}
-    for p, c, g in [tuple(options.shape)] if options.shape else SHAPES:
-        for spread in options.spread:
-            figures = compare(calls, draw(p, c, g, spread), options.rounds)
-            base = figures["hf float32"]["median"]
-            report["shapes"][f"P{p}-C{c}-G{g}-spread{spread}"] = figures
-            parts = [
-                f"{n} {f['median']:.2f} s ({base / f['median']:.2f}x)" for n, f in figures.items()
-            ]
-            print(f"P={p} C={c} G={g} spread {spread}: " + ", ".join(parts), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    def work(self, shape, mode):
+        pairs = draw(shape["P"], shape["C"], shape["G"], shape["spread"])
+        tokens = shape["P"] + sum(len(p.completion) for p in pairs)
+        each = 896 * (2 * 896 + 2 * 128) + 3 * 896 * 4864
+        return Work(2.0 * tokens * each * shape["layers"], each * shape["layers"], "int8")
 
 
-if __name__ == "__main__":
-    main()
+RACE = Score()

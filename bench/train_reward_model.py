@@ -1,6 +1,6 @@
 """Train the small reward model that bench_fidelity.py judges quantization on.
 
-python bench/train_reward_model.py runs/reward-model [--steps 1200 ...]
+python -m fastrl.bench.train_reward_model runs/reward-model [--steps 1200 ...]
 
 A character-level Qwen3 sequence classifier learns to rank answers to reasoning-gym's task
 `spell_backward`, whose verifier grades an answer by the share of letters that are right. Groups of
