@@ -39,12 +39,12 @@ def run(kind: str, vocabulary: int, variant: str, steps: int) -> dict:
     """Train once, in this process."""
     import contextlib
 
-    from fastrl.bench import measure
     import torch
     import trl_runs
     from transformers import TrainerCallback
 
     import fastrl
+    from fastrl.bench import measure
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     patch = fastrl.patch("trl") if variant == "patched" else contextlib.nullcontext()
