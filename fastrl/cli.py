@@ -68,7 +68,7 @@ def train(
         _fail(f"process {parallel.rank()}: {error}" if parallel.size() > 1 else str(error))
     except KeyboardInterrupt:
         _fail("interrupted; fastrl train --resume with the run folder continues it", code=130)
-    console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False)
+    console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -82,7 +82,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
         print_summary(run, Console())
     except (CheckpointError, ValueError, OSError) as error:
         _fail(str(error))
-    Console().print(f"report {page}", highlight=False)
+    Console().print(f"report {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
