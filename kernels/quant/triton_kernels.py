@@ -3,7 +3,7 @@
 Everything that goes through int8 has the bits of reference.py: products and sums are rounded one by
 one (all kernels must be compiled with ``enable_fp_fusion=False``), divisions and roots rightly, and
 the squares of a norm are summed in 16 lanes in their order. Integer sums and maxima are exact, so
-tiles may have any size. Products in bf16 are summed tile by tile, in an order that their tile fixes.
+tiles may have any size. Products in bf16 are summed tile by tile, in the order of their tile.
 """
 
 import triton
@@ -283,10 +283,7 @@ def _linear_kernel(
         else:
             w = _four_bit(stored, last, first, columns, stride, BLOCK, PAIRS, ALIGNED, BK)
             # What lies behind the columns may be anything finite: it meets zeros.
-            if INT8:
-                w = _rint(w * inverse[:, None]).to(tl.int8)
-            else:
-                w = w.to(tl.bfloat16)
+            w = _rint(w * inverse[:, None]).to(tl.int8) if INT8 else w.to(tl.bfloat16)
         if WIDE:  # the interpreter would multiply the integers that hold bf16
             a = a.to(tl.float32)
             w = w.to(tl.float32)

@@ -48,9 +48,12 @@ ROW_WARPS = 4
 
 def linear_tile(w: QuantizedWeight, tokens: int, hopper: bool) -> Tile:
     if w.compute == "bf16":
-        return BF16
-    table = FEW if tokens <= 16 else SOME if tokens <= 64 else HOPPER if hopper else AMPERE
-    return table[w.scheme == "int8"]
+        tile = BF16
+    else:
+        table = FEW if tokens <= 16 else SOME if tokens <= 64 else HOPPER if hopper else AMPERE
+        tile = table[w.scheme == "int8"]
+    # An absmax for each element takes the room of what would be fetched ahead.
+    return tile if w.scheme == "int8" or _aligned(w, tile) else tile._replace(stages=1)
 
 
 def row_tile(rows: int) -> dict[str, int]:
@@ -58,14 +61,14 @@ def row_tile(rows: int) -> dict[str, int]:
     return {"R": 8, "COLUMNS": 256} if rows >= 1024 else {"R": 1, "COLUMNS": 2048}
 
 
+def _aligned(w: QuantizedWeight, tile: Tile) -> bool:
+    """Whether the columns of a tile have one absmax in each row."""
+    return w.block > 0 and _stride(w) % w.block == 0 and w.block % tile.k == 0
+
+
 def weight_flags(w: QuantizedWeight, tile: Tile) -> dict[str, int | bool]:
-    """How 4-bit rows lie in tiles of so many columns."""
-    stride = _stride(w)
-    return {
-        "BLOCK": w.block,
-        "PAIRS": stride % 2 == 0,
-        "ALIGNED": w.block > 0 and stride % w.block == 0 and w.block % tile.k == 0,
-    }
+    """How rows are stored."""
+    return {"BLOCK": w.block, "PAIRS": _stride(w) % 2 == 0, "ALIGNED": _aligned(w, tile)}
 
 
 def _stride(w: QuantizedWeight) -> int:
