@@ -52,8 +52,10 @@ def linear_tile(w: QuantizedWeight, tokens: int, hopper: bool) -> Tile:
     else:
         table = FEW if tokens <= 16 else SOME if tokens <= 64 else HOPPER if hopper else AMPERE
         tile = table[w.scheme == "int8"]
-    # An absmax for each element takes the room of what would be fetched ahead.
-    return tile if w.scheme == "int8" or _aligned(w, tile) else tile._replace(stages=1)
+    if w.scheme == "int8" or _aligned(w, tile):
+        return tile
+    # An absmax for each element takes registers, and the room of what would be fetched ahead.
+    return tile._replace(n=tile.n // 2, stages=1)
 
 
 def row_tile(rows: int) -> dict[str, int]:
