@@ -98,6 +98,8 @@ class Quant(Race):
         "full": [{"M": m, **size} for size in SIZES for m in (1, 16, 128, 512, 1024, 2048, 8192)],
     }
 
+    cuda = [{"M": 64}, {"M": 4096}, {"M": 4096, **SIZES[2]}]  # what PyTorch's int8 product takes
+
     def variants(self, device):
         kernel = device.type != "cpu" or native.unavailable("cpu", device) is None
         mine = {
@@ -144,7 +146,7 @@ class Quant(Race):
         return within({"output": relative(self._function(variant, inputs)(x), want)}, limit)
 
     def small(self, shape):
-        return shape | {"M": 4}
+        return shape | {"M": PROBE}
 
     def bytes_needed(self, name, shape):
         return 12.0 * shape["N"] * shape["K"] + 8.0 * shape["M"] * (shape["N"] + shape["K"])

@@ -55,6 +55,8 @@ def _gpu(device: torch.device) -> dict[str, float]:
     ):
         a = torch.randn(n, n, device=device, dtype=dtype)
         found[name] = 2e-9 * n**3 / best(lambda a=a: a @ a)
+    a = torch.ones(8192, 8192, device=device, dtype=torch.int8)
+    found["int8_tiles"] = 2e-9 * 8192**3 / best(lambda: torch._int_mm(a, a.t()))
     x = torch.empty(2**30, device=device, dtype=torch.uint8)
     y = torch.empty_like(x)
     found["copy"] = 2e-9 * x.numel() / best(lambda: y.copy_(x))

@@ -16,6 +16,7 @@
 #ifdef FASTRL_HAS_CUDA
 #include "cuda/error.h"
 #include "cuda/logprob.h"
+#include "cuda/quant.h"
 #include "cuda/scan.h"
 #endif
 
@@ -253,7 +254,7 @@ void dequantize_cpu(const DequantizeArgs& args,
 
 QuantWeight quant_weight(QuantWeight::Scheme scheme, int64_t rows, int64_t columns, int64_t stride,
                          Address data, Address scale, int64_t block, Address absmax, Address code,
-                         Address nested_absmax, Address nested_code, float nested_offset) {
+                         Address nested_absmax, Address nested_code, Address nested_offset) {
   return {scheme,
           rows,
           columns,
@@ -265,7 +266,7 @@ QuantWeight quant_weight(QuantWeight::Scheme scheme, int64_t rows, int64_t colum
           pointer<const float>(code),
           pointer<const float>(nested_absmax),
           pointer<const float>(nested_code),
-          nested_offset};
+          pointer<const float>(nested_offset)};
 }
 
 QuantRowsArgs quant_rows_args(int64_t rows, int64_t width, Float type, Address x, Address data,
@@ -578,6 +579,12 @@ PYBIND11_MODULE(_C, m) {
       "linear_logprob_gradient_cuda",
       [](const fastrl::LogprobGradientArgs& a, Address s) {
         return fastrl::cuda::linear_logprob_gradient(a, pointer<void>(s));
+      },
+      release());
+  m.def(
+      "dequantize_cuda",
+      [](const DequantizeArgs& a, Address s) {
+        return fastrl::cuda::dequantize(a, pointer<void>(s));
       },
       release());
   m.def(

@@ -108,13 +108,15 @@ def compile_triton(
     num_warps: int = 4,
     num_stages: int = 3,
     maxnreg: int | None = None,
+    fusion: bool = True,
     aligned: tuple[str, ...] = (),
 ) -> Cost:
     """Compiles a ``@triton.jit`` kernel for ``capability`` (80, 90).
 
     ``signature`` gives Triton's type of each argument ("*fp32", "i64", ...) in order, ``constants``
     the value of each tl.constexpr and of each pointer that is None; ``aligned`` names the pointers
-    and sizes that are multiples of 16, as Triton finds out at a launch.
+    and sizes that are multiples of 16, as Triton finds out at a launch. Without ``fusion`` no
+    product is rounded together with a sum.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -130,7 +132,7 @@ def compile_triton(
             "num_warps": num_warps,
             "num_stages": num_stages,
             "maxnreg": maxnreg,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": fusion,
         },
     )
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

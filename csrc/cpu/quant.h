@@ -22,7 +22,7 @@ struct QuantWeight {
   const float* code;           // [16]
   const float* nested_absmax;  // null unless nested: one for each 256 absmaxes
   const float* nested_code;    // [256]
-  float nested_offset;
+  const float* nested_offset;  // one
 };
 
 // Rows [rows, width] of a floating type, one after the other, become int8 rows with scales.

@@ -133,7 +133,7 @@ class FourBit {
       return static_cast<const float*>(w_.absmax)[block];
     }
     const float code = w_.nested_code[static_cast<const uint8_t*>(w_.absmax)[block]];
-    return code * w_.nested_absmax[block / 256] + w_.nested_offset;
+    return code * w_.nested_absmax[block / 256] + *w_.nested_offset;
   }
 
   float value(int64_t i) const {

@@ -26,13 +26,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("discounted_returns", "gae", "vtrace"), _SCAN),
     **_LOGPROB,
     "shared_prefix_attention": _ATTENTION,
-    **dict.fromkeys(
-        (
-            *("dequantize", "glu_quant", "pool_score"),
-            *("quantize_rows", "quantized_linear", "rmsnorm_quant"),
-        ),
-        _QUANT,
-    ),
+    **_QUANT,
 }
 
 __all__ = [

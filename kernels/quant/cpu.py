@@ -12,14 +12,14 @@ from fastrl.kernels.quant.reference import LANES, fp8_rows
 from fastrl.kernels.quant.weight import FLOATS, QuantizedWeight
 
 
-def _kind(dtype: torch.dtype):
+def float_kind(dtype: torch.dtype):
     c = module()
     return {t: getattr(c.Float, str(t).removeprefix("torch.")) for t in FLOATS}[dtype]
 
 
 def _rows_args(x: Tensor, data: Tensor, scale: Tensor):
     return module().quant_rows_args(
-        scale.numel(), x.shape[-1], _kind(x.dtype), pointer(x), pointer(data), pointer(scale)
+        scale.numel(), x.shape[-1], float_kind(x.dtype), pointer(x), pointer(data), pointer(scale)
     )
 
 
@@ -61,7 +61,7 @@ def pool_score(hidden, last, norm_weight, head, bias, eps, weight_offset) -> Ten
     score = hidden.new_empty((len(last), len(head)), dtype=torch.float32)
     c = module()
     args = c.pool_score_args(
-        *(len(last), width, len(head), _kind(hidden.dtype)),
+        *(len(last), width, len(head), float_kind(hidden.dtype)),
         *map(pointer, (hidden, last, weight, head, bias)),
         *(1.0 / width, eps, pointer(score)),
     )
@@ -69,21 +69,17 @@ def pool_score(hidden, last, norm_weight, head, bias, eps, weight_offset) -> Ten
     return score
 
 
-def _weight(w: QuantizedWeight):
+def stored_weight(w: QuantizedWeight):
     """The same as `fastrl._C.quant_weight`, and the tensors it points into."""
     c = module()
     stride = w.columns
     if w.scheme in ("int8", "int4"):  # stored rows are longer
         stride = w.data.shape[1] * (1 if w.scheme == "int8" else 2)
-    kept = [None if t is None else t.contiguous() for t in w.arguments[:6]]
-    data, scale, absmax, code, nested_absmax, nested_code = map(pointer, kept)
+    kept = [None if t is None else t.contiguous() for t in w.arguments[:7]]
+    data, scale, *four_bit = map(pointer, kept)
     kind = {"int8": c.QuantScheme.int8, "fp8": c.QuantScheme.fp8}
-    weight = c.quant_weight(
-        *(kind.get(w.scheme, c.QuantScheme.four_bit), *w.shape, stride, data, scale),
-        *(w.block, absmax, code, nested_absmax, nested_code),
-        0.0 if w.nested_offset is None else float(w.nested_offset),
-    )
-    return weight, kept
+    scheme = kind.get(w.scheme, c.QuantScheme.four_bit)
+    return c.quant_weight(scheme, *w.shape, stride, data, scale, w.block, *four_bit), kept
 
 
 def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
@@ -98,11 +94,11 @@ def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
         x, x_scale = quantize_rows(x)
     x_scale = None if x_scale is None else x_scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    stored, _kept = _weight(w)
+    stored, _kept = stored_weight(w)
     c = module()
     args = c.quant_linear_args(
         *(len(x), pointer(x), pointer(x_scale), stored, pointer(bias)),
-        *(_kind(out_dtype), pointer(out)),
+        *(float_kind(out_dtype), pointer(out)),
     )
     run = c.quantized_linear_cpu if w.compute == "int8" else c.dequantized_linear_cpu
     run(args, threads())
@@ -112,7 +108,7 @@ def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
 def dequantize(dtype, *weight) -> Tensor:
     w = QuantizedWeight(*weight)
     out = w.data.new_empty(w.shape, dtype=dtype)
-    stored, _kept = _weight(w)
+    stored, _kept = stored_weight(w)
     c = module()
-    c.dequantize_cpu(c.dequantize_args(stored, _kind(dtype), pointer(out)), threads())
+    c.dequantize_cpu(c.dequantize_args(stored, float_kind(dtype), pointer(out)), threads())
     return out

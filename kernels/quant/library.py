@@ -12,7 +12,10 @@ from torch import Tensor
 from fastrl.kernels.quant.weight import QuantizedWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-MODULES = {"reference": "plain", "cpu": "cpu", "scaled": "scaled"}  # of each implementation
+MODULES = {  # of each implementation
+    **{"reference": "plain", "cpu": "cpu", "scaled": "scaled"},
+    **{"triton": "triton_launch", "cuda": "cuda"},
+}
 
 _WEIGHT = (
     "Tensor data, Tensor scale, Tensor? absmax, Tensor? code, Tensor? nested_absmax, "

@@ -11,7 +11,13 @@ from fastrl.kernels.quant.scaled import fits
 from fastrl.kernels.quant.weight import FLOATS, QuantizedRows, QuantizedWeight, check_width
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
-HAS: tuple[str, ...] = ("cpu",)
+HAS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("quantize_rows", "rmsnorm_quant", "glu_quant", "quantized_linear"), ("cpu", "triton")
+    ),
+    "dequantize": ("cpu", "triton", "cuda"),
+    "pool_score": ("cpu",),
+}
 
 
 def quantize_rows(x: Tensor, *, impl: str = "auto") -> QuantizedRows:
@@ -26,7 +32,9 @@ def quantize_rows(x: Tensor, *, impl: str = "auto") -> QuantizedRows:
     """
     _check_rows("quantize_rows", {"x": x})
     return QuantizedRows(
-        *torch.ops.fastrl.quantize_rows(x.detach(), choose("quantize_rows", impl, x.device, HAS))
+        *torch.ops.fastrl.quantize_rows(
+            x.detach(), choose("quantize_rows", impl, x.device, HAS["quantize_rows"])
+        )
     )
 
 
@@ -61,7 +69,7 @@ def rmsnorm_quant(
         None if residual is None else residual.detach(),
         eps,
         weight_offset,
-        choose(op, impl, x.device, HAS),
+        choose(op, impl, x.device, HAS[op]),
     )
     return QuantizedRows(data, scale), x if residual is None else new
 
@@ -80,7 +88,7 @@ def glu_quant(
         raise ValueError(
             f"glu_quant: activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
         )
-    chosen = choose("glu_quant", impl, gate.device, HAS)
+    chosen = choose("glu_quant", impl, gate.device, HAS["glu_quant"])
     return QuantizedRows(
         *torch.ops.fastrl.glu_quant(gate.detach(), up.detach(), activation, chosen)
     )
@@ -146,7 +154,7 @@ def quantized_linear(
         None if bias is None else bias.detach(),
         out_dtype,
         *qweight.arguments,
-        "scaled" if scaled else choose(op, impl, data.device, HAS),
+        "scaled" if scaled else choose(op, impl, data.device, HAS[op]),
     )
 
 
@@ -160,7 +168,7 @@ def dequantize(
     """
     if dtype not in FLOATS:
         raise ValueError(f"dequantize: dtype={dtype} must be float32, bfloat16 or float16")
-    chosen = choose("dequantize", impl, qweight.device, HAS)
+    chosen = choose("dequantize", impl, qweight.device, HAS["dequantize"])
     return torch.ops.fastrl.dequantize(dtype, *qweight.arguments, chosen)
 
 
@@ -220,7 +228,7 @@ def pool_score(
         None if bias is None else bias.detach(),
         eps,
         weight_offset,
-        choose(op, impl, hidden.device, HAS),
+        choose(op, impl, hidden.device, HAS[op]),
     )
 
 
