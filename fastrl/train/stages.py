@@ -324,7 +324,12 @@ class Adversarial(GRPO):
     algorithm: Literal["gail", "airl", "fairl"] = "gail"  # type: ignore[assignment]
     reward: ImitationReward = "gail"
     level: Literal["sequence", "token"] = "sequence"
-    demonstrations_per_step: int = Field(64, ge=1)
+    prompts: Literal["demonstrations", "all"] = Field(
+        "demonstrations",
+        description="samples answer the demonstrations' prompts, so that the discriminator cannot "
+        "tell them by their prompts; or all prompts",
+    )
+    demonstrations_per_step: int = Field(64, ge=1, description="with prompts=all")
     discriminator_updates: int = Field(1, ge=1)
     discriminator_optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
     max_logit: float = Field(20.0, gt=0)
@@ -340,6 +345,7 @@ class Adversarial(GRPO):
 
     @model_validator(mode="after")
     def _level(self):
+        _belongs(self, "demonstrations_per_step", "prompts", ("all",))
         if self.level == "token" and self.advantage not in ("grpo", "reinforce++"):
             raise ValueError(
                 f"level=token has rewards for tokens, which advantage={self.advantage!r} has not "

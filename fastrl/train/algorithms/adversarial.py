@@ -27,14 +27,18 @@ def adversarial(context: Context, index: int) -> Iterator[Update]:
     """A step of the discriminator on demonstrations and samples, then one of the policy."""
     stage: Adversarial = context.stage
     setup, discriminator = context.setup, context.setup.networks["discriminator"]
-    batch, examples, scored, metrics = sample_batch(context, index)
+    paired = stage.prompts == "demonstrations"
+    source = setup.demonstrations if paired else None
+    batch, examples, scored, metrics = sample_batch(context, index, source)
     for update in range(stage.discriminator_updates):
-        chosen = context.draw(
-            setup.demonstrations,
-            stage.demonstrations_per_step,
-            index * stage.discriminator_updates + update,
-            "demonstrations",
-        )
+        chosen = examples[:: stage.group_size]
+        if not paired:
+            chosen = context.draw(
+                setup.demonstrations,
+                stage.demonstrations_per_step,
+                index * stage.discriminator_updates + update,
+                "demonstrations",
+            )
         demonstrations = context.demonstrations(chosen, "dapo")
         yield discrimination(
             "discriminator", discriminator, demonstrations, batch, stage.level, "discriminator/"

@@ -67,11 +67,15 @@ def sample_groups(
 
 
 def sample_batch(
-    context: Context, index: int
+    context: Context, index: int, source: list[Example] | None = None
 ) -> tuple[Batch, list[Example], Scored | None, dict[str, float]]:
-    """One batch of own samples with rewards, one example for each row, the metrics of sampling."""
+    """One batch of own samples with rewards, one example for each row, the metrics of sampling.
+
+    The prompts are of the source, or of all training examples.
+    """
     stage: Rewarded = context.stage
-    examples = context.draw(context.setup.train, stage.prompts_per_step, index)
+    source = context.setup.train if source is None else source
+    examples = context.draw(source, stage.prompts_per_step, index)
     rollouts = context.sample(examples, index, stage.group_size)
     scored = context.score(examples, rollouts)
     mask = rollouts.completion_mask
