@@ -79,7 +79,7 @@ class Case:
         request = Request(self.prompts, limits, self.group, sampling, [])
         ending = generation.Ending([], None, self.group, None)
         return generation.generate(
-            rows, lm_head(self.model), request, ending, len(self.ids), lambda *_: None
+            rows, lm_head(self.model), request, ending, len(self.ids), 0, lambda *_: None
         ).tokens
 
     def generate(self, temperature=1.0):
