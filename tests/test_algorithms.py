@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from fastrl import train
 from fastrl.models import build_scorer, completion_scores, load_scorer
-from fastrl.train import ConfigError, loop, parse_config
+from fastrl.train import ConfigError, DataError, loop, parse_config
 from fastrl.train.algorithms import STEPS
 from fastrl.train.optimizer import Optimizer
 from fastrl.train.stages import ALGORITHMS, FAMILIES
@@ -235,12 +235,20 @@ def test_scores_are_independent_of_padding_and_read_where_they_should(model, tok
         ({"dpo": PAIRS | {"temperature": 0.5}}, "temperature=0.5 has no effect with pairs='data'"),
         ({"reward": PAIRS | {"loss": "plackett_luce", "centering": 1.0}}, "centering=1.0 has no"),
         ({"gail": SAMPLED | {"demonstrations_per_step": 6}}, "has no effect with prompts="),
+        ({"gail": SAMPLED | {"overlong_buffer": 2}}, "overlong_buffer has no effect where"),
+        ({"airl": SAMPLED | {"advantage": "remax"}}, "remax has no rule"),
         ({"ppp": SAMPLED}, "algorithm 'ppp' is unknown; use one of sft, iqlearn"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(recipe, stages, message):
     with pytest.raises(ConfigError, match=message):
         a_recipe(recipe, stages)
+
+
+def test_a_margin_that_is_not_there_is_named(recipe):
+    config = a_recipe(recipe, {"reward": PAIRS | {"margin": "gap"}})
+    with pytest.raises(DataError, match="row 1: the margin column 'gap' holds no number"):
+        loop.prepare(config)
 
 
 def test_optimizers_of_their_own(varied):

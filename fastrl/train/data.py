@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl.reward.reasoning_gym import make_problems, make_slips
 from fastrl.train import config as cfg
+from fastrl.train.stages import Reward
 
 # Everything else reaches the reward functions.
 RESERVED = ("prompt", "completion", "chosen", "rejected", "ranked")
@@ -114,6 +115,10 @@ def load_examples(
         )
         for i, r in enumerate(held_out, 1)
     ]
+    for margin in (s.margin for s in stages if isinstance(s, Reward) and s.margin is not None):
+        for i, example in enumerate(examples, 1):
+            if not isinstance(example.columns.get(margin), int | float):
+                raise DataError(f"{source}, row {i}: the margin column {margin!r} holds no number")
     sizes = {len(e.ranked_ids) for e in examples + held if e.ranked_ids is not None}
     if len(sizes) > 1:
         raise DataError(

@@ -89,6 +89,13 @@ class Adversarial(GRPO):
     @model_validator(mode="after")
     def _level(self):
         belongs(self, "demonstrations_per_step", "prompts", ("all",))
+        for key in ("overlong_buffer", "dynamic_sampling"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect where a discriminator gives the rewards")
+        if self.advantage == "remax":
+            raise ValueError("advantage=remax has no rule for a discriminator's rewards")
+        if self.level == "token" and self.kl_in == "reward":
+            raise ValueError("kl_in=reward has no effect with level=token; use loss")
         if self.level == "token" and self.advantage not in ("grpo", "reinforce++"):
             raise ValueError(
                 f"level=token has rewards for tokens, which advantage={self.advantage!r} has not "
