@@ -7,32 +7,32 @@ from dataclasses import dataclass
 
 import torch
 
+from fastrl import installation
 from fastrl.kernels import native
 
 
 @dataclass(frozen=True)
 class Peer:
-    """``package`` is what to import (a program where it has no module), ``get`` what brings it."""
+    """``package`` is what to import; for a program, what to run, and ``program`` what brings it."""
 
     about: str
     package: str = "torch"
-    get: str = ""
-    program: bool = False
+    program: str = ""
 
 
 PEERS = {
     "eager": Peer("plain PyTorch"),
     "torch": Peer("PyTorch's own fused op"),
     "compile": Peer("torch.compile of plain PyTorch"),
-    "trl": Peer("TRL", "trl", "pip install 'fastrl[trl]'"),
-    "cce": Peer("cut-cross-entropy", "cut_cross_entropy", "pip install 'fastrl[bench]'"),
-    "liger": Peer("Liger-Kernel, GPU only", "liger_kernel", "pip install liger-kernel"),
-    "torchao": Peer("torchao", "torchao", "pip install torchao"),
-    "bitsandbytes": Peer("bitsandbytes", "bitsandbytes", "pip install 'fastrl[bnb]'"),
-    "hf": Peer("Hugging Face transformers", "transformers", "pip install transformers"),
-    "openvino": Peer("OpenVINO", "openvino", "pip install openvino"),
+    "trl": Peer("TRL", "trl"),
+    "cce": Peer("cut-cross-entropy", "cut_cross_entropy"),
+    "liger": Peer("Liger-Kernel, GPU only", "liger_kernel"),
+    "torchao": Peer("torchao", "torchao"),
+    "bitsandbytes": Peer("bitsandbytes", "bitsandbytes"),
+    "hf": Peer("Hugging Face transformers", "transformers"),
+    "openvino": Peer("OpenVINO", "openvino"),
     "llamacpp": Peer(
-        "llama.cpp", "llama-batched-bench", "build github.com/ggml-org/llama.cpp", program=True
+        "llama.cpp", "llama-batched-bench", program="build github.com/ggml-org/llama.cpp"
     ),
 }
 
@@ -43,9 +43,9 @@ def missing(peer: str, device: torch.device) -> str | None:
         return native.why_missing or None if device.type == "cpu" else None
     it = PEERS[peer]
     if it.program:
-        return None if shutil.which(it.package) else f"{it.package} is not on PATH: {it.get}"
+        return None if shutil.which(it.package) else f"{it.package} is not on PATH: {it.program}"
     if importlib.util.find_spec(it.package) is None:
-        return f"not installed: {it.get}"
+        return f"not installed: {installation.get(it.package)}"
     if peer == "compile" and device.type == "cpu" and not shutil.which("g++"):
         return "torch.compile needs a C++ compiler: apt-get install g++"
     return None

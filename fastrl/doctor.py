@@ -17,23 +17,18 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from fastrl import installation
 from fastrl.bench.measure import machine
 from fastrl.kernels import IMPLEMENTATIONS, native
 
-# Package, what brings it, what is lost without it.
-OPTIONAL = (
-    ("triton", "pip install 'fastrl[triton]'", "on a GPU ops fall back to CUDA or plain PyTorch"),
-    ("trl", "pip install 'fastrl[trl]'", "no patching of TRL's trainers, no race against them"),
-    ("bitsandbytes", "pip install 'fastrl[bnb]'", "no reading of its quantized checkpoints"),
-    ("datasets", "pip install 'fastrl[data]'", "no parquet files; JSON lines still work"),
-    (
-        "tensorboard",
-        "pip install 'fastrl[track]'",
-        "no such tracker; metrics.jsonl is always there",
-    ),
-    ("cut_cross_entropy", "pip install 'fastrl[bench]'", "fastrl bench logprob without that peer"),
-    ("pytest_benchmark", "pip install 'fastrl[bench]'", "make bench does not run"),
-)
+# Package, and what is lost without it.
+OPTIONAL = {
+    "reasoning_gym": "none of its tasks, which all shipped recipes but hf_grpo train on",
+    "trl": "no patching of TRL's trainers, no race against them",
+    "datasets": "no parquet files; JSON lines still work",
+    "tensorboard": "no such tracker; metrics.jsonl is always there",
+}
+GPU_OPTIONAL = {"triton": "on a GPU ops fall back to CUDA or plain PyTorch"}
 # What each instruction set adds for the kernels.
 ADDS = {
     "generic": "plain C++, for any CPU",
@@ -146,17 +141,16 @@ def _missing(facts: dict[str, Any]) -> list[dict[str, str]]:
 
     if native.why_missing:
         off = os.environ.get("FASTRL_NATIVE") == "off"
-        get = "pip install --force-reinstall --no-deps --no-cache-dir fastrl"
         compiler = "" if facts["C++ compiler"] else "apt-get install g++, then "
         add(
             "native kernels",
-            "unset FASTRL_NATIVE" if off else compiler + get,
+            "unset FASTRL_NATIVE" if off else compiler + installation.rebuild(),
             "every op runs in plain PyTorch: several times slower, logits held in memory",
         )
     elif facts["GPU"] and not native.module().build_info()["cuda"]:
         add(
             "CUDA kernels",
-            "FASTRL_CUDA=on pip install --force-reinstall --no-deps --no-cache-dir fastrl"
+            f"FASTRL_CUDA=on {installation.rebuild()}"
             + ("" if facts["nvcc"] else ", with nvcc on PATH"),
             "on the GPU ops fall back to Triton or plain PyTorch",
         )
@@ -166,9 +160,9 @@ def _missing(facts: dict[str, Any]) -> list[dict[str, str]]:
             "apt-get install g++",
             "neither fastrl's kernels nor torch.compile build",
         )
-    for package, get, costs in OPTIONAL:
+    for package, costs in (OPTIONAL | (GPU_OPTIONAL if facts["GPU"] else {})).items():
         if find_spec(package) is None:
-            add(package, get, costs)
+            add(package, installation.get(package), costs)
     return found
 
 

@@ -96,6 +96,28 @@ PATH="$work/empty" "$python" -m build --wheel --no-isolation --outdir "$work/pla
 grep -q "no C++ compiler found" "$work/log" || { echo "no warning about the compiler"; exit 1; }
 environment plain-env
 install plain-env "$work"/plain/*.whl
+# What it depends on needs no compiler either: of no package here was a wheel built on this machine,
+# whose tag has a plain "linux" where one from an index says which Linux it runs on.
+"$work/plain-env/bin/python" - <<'PY'
+from importlib.metadata import PackageNotFoundError, distribution
+
+from packaging.requirements import Requirement
+
+seen, todo = set(), ["fastrl"]
+while todo:
+    name = todo.pop()
+    if name in seen:
+        continue
+    seen.add(name)
+    try:
+        package = distribution(name)
+    except PackageNotFoundError:  # such as CUDA's beside a torch for CPUs
+        continue
+    built = [tag for tag in (package.read_text("WHEEL") or "").split() if "-linux_" in tag]
+    assert name == "fastrl" or not built, f"{name} was compiled here ({built[0]})"
+    needs = map(Requirement, package.requires or ())
+    todo += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+PY
 check plain-env "$work" reference
 
 echo "== editable"

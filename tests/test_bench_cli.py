@@ -100,10 +100,10 @@ def test_turns_are_interleaved():
 
 
 def test_missing_peers_come_with_the_command_that_brings_them(monkeypatch):
-    absent = peers.Peer("TRL", "no_such_package", "pip install 'fastrl[trl]'")
+    absent = peers.Peer("TRL", "no_such_package")
     monkeypatch.setitem(peers.PEERS, "trl", absent)
     names, missing = points.field(bench.load("logits"), None, CPU)
-    assert missing["trl"] == "not installed: pip install 'fastrl[trl]'" and "TRL" not in names
+    assert missing["trl"] == "not installed: pip install no_such_package" and "TRL" not in names
     assert missing["torch.compile"].endswith("fastrl bench logits --against compile")
     names, missing = points.field(bench.load("logits"), ["eager"], CPU)
     assert "eager" in names and "TRL" not in names and "trl" not in missing

@@ -1,6 +1,7 @@
 """Data files, conversations, verifiable tasks and the order of batches."""
 
 import json
+import sys
 
 import pytest
 
@@ -167,6 +168,16 @@ def test_bad_tasks_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         make_problems(**(arguments | change))
+
+
+def test_a_missing_reasoning_gym_comes_with_the_command_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    for need in (
+        lambda: verifier("chain_sum", {}),
+        lambda: make_problems("chain_sum", {}, 4, 0, 0, "{question}"),
+    ):
+        with pytest.raises(ValueError, match="extra gym: pip install reasoning-gym"):
+            need()
 
 
 def test_batches_use_every_row_once_per_epoch():

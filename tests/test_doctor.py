@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastrl import doctor, kernels, selftest
+from fastrl import doctor, installation, kernels, selftest
 from fastrl.cli import app
 from fastrl.kernels import IMPLEMENTATIONS, native
 
@@ -33,11 +33,43 @@ def test_diagnosis_names_the_machine_every_op_and_the_instruction_set():
 
 
 def test_a_missing_package_comes_with_its_command_and_its_cost(monkeypatch):
-    monkeypatch.setattr(doctor, "OPTIONAL", (("no_such_package", "pip install it", "it is slow"),))
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_package": "it is slow"})
     found = doctor.diagnose()["missing"]
-    assert {"what": "no_such_package", "get": "pip install it", "costs": "it is slow"} in found
+    get = "pip install no_such_package"
+    assert {"what": "no_such_package", "get": get, "costs": "it is slow"} in found
     output = " ".join(fastrl("doctor").output.split())
-    assert "no_such_package is missing: pip install it (without it: it is slow)" in output
+    assert f"no_such_package is missing: {get} (without it: it is slow)" in output
+
+
+def test_the_command_for_a_package_is_what_the_extras_ask_for():
+    assert installation.get("trl") == "pip install 'trl>=1.16'"
+    assert installation.get("reasoning_gym") == "pip install reasoning-gym"
+    assert installation.get("unheard-of") == "pip install unheard-of"
+
+
+@pytest.mark.parametrize(
+    ("origin", "end"),
+    [
+        ({"url": "file:///a%20b", "dir_info": {"editable": True}}, " --editable '/a b'"),
+        ({"url": "file:///a", "dir_info": {}}, " /a"),
+        (
+            {"url": "https://x.org/r", "vcs_info": {"vcs": "git", "commit_id": "c0"}},
+            " git+https://x.org/r@c0",
+        ),
+        ({"url": "file:///a.whl", "archive_info": {}}, " . in a checkout of fastrl"),
+        (None, " . in a checkout of fastrl"),
+    ],
+)
+def test_the_command_that_rebuilds_is_for_where_fastrl_came_from(origin, end, monkeypatch):
+    class Installed:
+        def read_text(self, name):
+            assert name == "direct_url.json"
+            return None if origin is None else json.dumps(origin)
+
+    monkeypatch.setattr(installation, "distribution", lambda _: Installed())
+    assert installation.rebuild() == (
+        f"pip install --force-reinstall --no-deps --no-cache-dir{end}"
+    )
 
 
 def test_missing_kernels_come_with_the_way_to_build_them(monkeypatch):

@@ -147,7 +147,7 @@ def test_non_finite_steps_are_skipped_counted_and_saved(recipe, tmp_path, monkey
         ({"rewards": [{"function": "bad_rewards:one"}]}, ValueError, "it returned 1 values"),
         ({"rewards": [{"function": "bad_rewards:nan"}]}, ValueError, "it returned nan"),
         ({"max_completion_length": 40}, ValueError, "more than the model's context of 32"),
-        ({"trackers": ["wandb"]}, ConfigError, "tracker 'wandb' is not installed"),
+        ({"trackers": ["wandb"]}, ConfigError, "'wandb' is not installed; pip install wandb"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

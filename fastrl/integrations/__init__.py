@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
+from fastrl import installation
 from fastrl.integrations.comparison import PatchError
 from fastrl.integrations.patching import Patch, Replaced
 
@@ -22,9 +23,7 @@ def patch(framework: str, *, only: Sequence[str] | None = None) -> Patch:
     try:
         installed = version(framework)
     except PackageNotFoundError:
-        raise ImportError(
-            f"{framework} is not installed; pip install 'fastrl[{framework}]'"
-        ) from None
+        raise ImportError(f"{framework} is not installed; {installation.get(framework)}") from None
     if not SpecifierSet(SUPPORTED[framework]).contains(installed, prereleases=True):
         raise PatchError(
             f"{framework} {installed} is installed, and fastrl knows {SUPPORTED[framework]}; "

@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastrl import installation
+
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 
 # What "auto" tries on a device, fastest first. Elsewhere there is only the reference.
@@ -33,7 +35,7 @@ def _load() -> tuple[ModuleType | None, str]:
         missing = importlib.util.find_spec("fastrl._C") is None
         why = (
             "fastrl was installed without its compiled module (no C++ compiler at that time, or "
-            "FASTRL_NATIVE=off); install g++ and reinstall fastrl with --no-cache-dir"
+            f"FASTRL_NATIVE=off); install g++, then {installation.rebuild()}"
             if missing
             else f"the compiled module does not load: {error}"
         )
@@ -62,7 +64,7 @@ def unavailable(impl: str, device: torch.device) -> str | None:
         return None
     if impl == "triton":
         if not _HAS_TRITON:
-            return "triton is not installed; pip install fastrl[triton]"
+            return f"triton is not installed; {installation.get('triton')}"
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"the tensors are on {device}; Triton needs them on a GPU"
         return None

@@ -5,12 +5,20 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from fastrl import installation
+
 Problem = dict[str, Any]
 
 
 def _create(task: str, **arguments: Any):
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ValueError(
+            f"reasoning_gym task {task!r} needs that package, fastrl's extra gym: "
+            f"{installation.get('reasoning_gym')} ({error})"
+        ) from None
 
     if task not in DATASETS:
         close = difflib.get_close_matches(task, DATASETS, n=1)
@@ -123,9 +131,8 @@ def verifier(task: str, options: dict[str, Any]) -> Callable[..., list[float]]:
     The answer is the text inside `<answer>` tags where there are any, else the whole completion,
     stripped.
     """
-    from reasoning_gym.utils import extract_answer
-
     dataset = _create(task, seed=0, size=1, **options)
+    from reasoning_gym.utils import extract_answer
 
     def reasoning_gym(prompts, completions, entry, **_) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fastrl import installation
 from fastrl.reward.reasoning_gym import make_problems, make_slips
 from fastrl.train import config as cfg
 from fastrl.train.stages import Reward
@@ -49,7 +50,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             from datasets import load_dataset
         except ImportError:
             raise DataError(
-                f"reading {str(path)!r} needs the datasets package: pip install fastrl[data]"
+                f"reading {str(path)!r} needs the datasets package: {installation.get('datasets')}"
             ) from None
         rows = [dict(r) for r in load_dataset("parquet", data_files=str(path), split="train")]
     else:

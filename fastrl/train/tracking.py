@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fastrl import installation
 from fastrl.train import config as cfg
 from fastrl.train import parallel
 from fastrl.train.checkpoints import CheckpointError, write_whole
@@ -34,7 +35,9 @@ def check_trackers(names: Sequence[str]) -> None:
     packages = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
     for name in names:
         if find_spec(packages[name]) is None:
-            raise cfg.ConfigError(f"tracker {name!r} is not installed; pip install 'fastrl[track]'")
+            raise cfg.ConfigError(
+                f"tracker {name!r} is not installed; {installation.get(packages[name])}"
+            )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
