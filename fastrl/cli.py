@@ -42,9 +42,14 @@ def train(
         _fail("give a RECIPE to start a run, or --resume RUN to continue one")
     if resume is not None and (override or out):
         _fail("--resume continues a run as it is; --set and --out go with a recipe")
+    from fastrl import train as trainer
+
+    try:
+        config = None if recipe is None else trainer.load_recipe(recipe, override or [])
+    except ValueError as error:
+        _fail(str(error))
     from transformers.utils import logging
 
-    from fastrl import train as trainer
     from fastrl.train import parallel
     from fastrl.train.report import write_report
 
@@ -55,8 +60,8 @@ def train(
             if resume is not None:
                 folder = trainer.resume(resume, console)
             else:
-                assert recipe is not None
-                folder = trainer.run(trainer.load_recipe(recipe, override or []), out, console)
+                assert config is not None
+                folder = trainer.run(config, out, console)
             page = parallel.first(lambda: write_report(folder))
     except (
         ValueError,
@@ -66,8 +71,10 @@ def train(
         OSError,
     ) as error:
         _fail(f"process {parallel.rank()}: {error}" if parallel.size() > 1 else str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; fastrl train --resume with the run folder continues it", code=130)
+    except KeyboardInterrupt as stopped:
+        if parallel.rank() > 0:
+            raise typer.Exit(130) from None
+        _fail(str(stopped) or "interrupted before the run began", code=130)
     console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False, soft_wrap=True)
 
 

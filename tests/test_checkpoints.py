@@ -1,6 +1,7 @@
 """Runs that were stopped, killed or ran out of disk go on to the same bits; damage is refused."""
 
 import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -60,6 +61,51 @@ def test_resume_is_exact(recipe, tmp_path, name, monkeypatch):
         assert same(weights(folder), weights(whole))
         assert steady(folder) == steady(whole)
         assert read_jsonl(folder / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_ctrl_c_saves_the_step_under_way(recipe, tmp_path, stage, monkeypatch, capfd):
+    config = parse_config(recipe | {"save_every": 100})
+    whole = train.run(config, tmp_path / "whole")
+    step, folder = loop._step, tmp_path / "a run"
+
+    def pressed(work, progress, *rest):
+        if (progress.stage, progress.stage_step) == (stage, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(work, progress, *rest)
+
+    monkeypatch.setattr(loop, "_step", pressed)
+    saved = {"sft": 2, "grpo": 5}[stage]
+    with pytest.raises(train.Interrupted) as stopped:
+        train.run(config, folder)
+    assert str(stopped.value) == (
+        f"interrupted; fastrl train --resume '{folder}' continues after step-{saved:08d}"
+    )
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    assert checkpoints.read_progress(checkpoints.latest(folder)).step == saved
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(loop, "_step", step)
+    train.resume(folder)
+    assert f"after step {saved}" in " ".join(capfd.readouterr().out.split())
+    assert same(weights(folder), weights(whole)) and steady(folder) == steady(whole)
+
+
+def test_ctrl_c_twice_stops_at_once_and_resuming_says_that_it_begins_anew(
+    recipe, tmp_path, monkeypatch, capfd
+):
+    def pressed(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one raises")
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", pressed)
+        with pytest.raises(train.Interrupted, match=r"--resume \S+run begins anew"):
+            train.run(parse_config(recipe), folder)
+    assert checkpoints.latest(folder) is None
+    train.resume(folder)
+    assert "anew: it has no checkpoint" in " ".join(capfd.readouterr().out.split())
 
 
 def _run_or_resume(values, folder):

@@ -62,6 +62,18 @@ def test_doctor_names_every_op():
         assert word in result.output
 
 
+def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported():
+    code = """
+import sys
+from typer.testing import CliRunner
+from fastrl.cli import app
+result = CliRunner().invoke(app, ["train", "arithmetic", "--set", "sed=1"])
+assert result.exit_code == 2 and "did you mean 'seed'" in result.output, result.output
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_is_quick_and_needs_no_torch():
     code = "import sys; from fastrl.cli import app; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

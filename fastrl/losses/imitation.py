@@ -6,16 +6,15 @@ Adversarial imitation alternates `discriminator_loss` with policy optimisation o
 initial samples), and then uses its logit as a reward.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrl.choices import ImitationReward
 from fastrl.losses.preference import dpo_loss
 from fastrl.losses.reduction import check_tokens, masked_mean, weighted_rows
-
-ImitationReward = Literal["airl", "gail", "gail_saturating", "forward_kl", "fairl"]
 
 
 def sft_loss(

@@ -1,13 +1,12 @@
 """KL to a reference, in the loss or in the reward, and the entropy bonus."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from fastrl.choices import KLEstimator
 from fastrl.losses.reduction import check_tokens, masked_mean
-
-KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
 
 # exp of it squares to a finite float32, and no ratio that means anything comes near it.
 LOG_RATIO_CLAMP = 40.0

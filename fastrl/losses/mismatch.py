@@ -1,22 +1,14 @@
 """Sampler and trainer disagree: how much, and what the loss does about it."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from fastrl.choices import MismatchKind
 from fastrl.losses.kl import LOG_RATIO_CLAMP
 from fastrl.losses.reduction import check_tokens, masked_mean
-
-MismatchKind = Literal[
-    "token_truncate",
-    "token_mask",
-    "sequence_truncate",
-    "sequence_mask",
-    "geometric_mask",
-    "icepop",
-]
 
 
 @torch.no_grad()

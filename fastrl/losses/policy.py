@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastrl.losses.kl import LOG_RATIO_CLAMP, KLEstimator, kl_loss
+from fastrl.choices import KLEstimator
+from fastrl.losses.kl import LOG_RATIO_CLAMP, kl_loss
 from fastrl.losses.ratio import (
     Loss,
     RatioLevel,

@@ -1,11 +1,12 @@
 """How per-token losses become one number: explicit weights, computed once over the global batch."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["grpo", "dapo", "bnpo", "dr_grpo", "sequence_sum"]
+from fastrl.choices import Reduction
+
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 

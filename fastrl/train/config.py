@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from fastrl.train.parallel import Parallel
+from fastrl.choices import Parallel
 from fastrl.train.section import Section
 from fastrl.train.stages import ALGORITHMS, PRESETS, PolicyGradient, Stage
 

@@ -2,7 +2,13 @@
 
 import copy
 import json
+import os
+import shlex
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +36,17 @@ class TrainingError(RuntimeError):
     """Training that cannot go on; the message says why and where its samples are."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or SIGINT, while a run trains; the message has the command that continues it."""
+
+    def __init__(self, folder: Path):
+        saved = checkpoints.latest(folder)
+        step = "begins anew" if saved is None else f"continues after {saved.name}"
+        alone = "; several processes do not save when interrupted" if parallel.size() > 1 else ""
+        resume = f"fastrl train --resume {shlex.quote(str(folder))}"
+        super().__init__(f"interrupted{alone}; {resume} {step}")
+
+
 def run(config: Config, out: Path | str | None = None, console: Console | None = None) -> Path:
     """Train as the recipe says; returns the run folder (default `runs/<name>-seed<seed>-<time>`).
 
@@ -38,7 +55,9 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
     torchrun started train together, and the first one writes; all have to see the folder. Raises
     `ConfigError`, `DataError`, `RewardError` or `ValueError` for settings that cannot work, before
     the folder is made; `CheckpointError` for a folder that exists or a disk that is full;
-    `TrainingError` after three non-finite steps in a row.
+    `TrainingError` after three non-finite steps in a row; `Interrupted` at Ctrl-C, after
+    the step under way and with a checkpoint of it; at a second one, and of several processes, at
+    once and without.
     """
     with parallel.processes():
         stamp = parallel.first(lambda: datetime.now().strftime("%Y%m%d-%H%M%S"))
@@ -64,6 +83,9 @@ def resume(folder: Path | str, console: Console | None = None) -> Path:
         checkpoints.check_inputs(folder, config)
         checkpoint = checkpoints.latest(folder)
         progress = Progress() if checkpoint is None else checkpoints.read_progress(checkpoint)
+        if parallel.rank() == 0:
+            where = f"after step {progress.step}" if checkpoint else "anew: it has no checkpoint"
+            (console or Console()).print(f"run {folder} {where}", highlight=False, soft_wrap=True)
         setup = prepare(config)
         if checkpoint is not None:
             names = list(config.stages)
@@ -79,7 +101,10 @@ def _train(
     setup: Setup, folder: Path, progress: Progress, checkpoint: Path | None, console: Console | None
 ) -> Path:
     config = setup.config
-    with Tracker(folder, config, progress.step, console) as tracker:
+    with (
+        _interrupts(folder) as interrupted,
+        Tracker(folder, config, progress.step, console) as tracker,
+    ):
         names = list(config.stages)
         first = names.index(progress.stage) if progress.stage else 0
         for name in names[first:]:
@@ -94,14 +119,46 @@ def _train(
             while progress.stage_step < stage.steps:
                 progress = _step(work, progress, tracker, folder)
                 done = progress.stage_step == stage.steps
-                if done or progress.step % config.save_every == 0:
+                stop = interrupted()
+                if done or stop or progress.step % config.save_every == 0:
                     _check_finite(setup, progress)
                     checkpoints.save(
                         folder, progress, work.weights(), work.optimizers, config.keep_checkpoints
                     )
+                if stop:
+                    raise KeyboardInterrupt
         for name, network in setup.networks.items():
             _save_final(setup, network, folder / ("final" if name == "policy" else f"final-{name}"))
     return folder
+
+
+@contextmanager
+def _interrupts(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Says whether Ctrl-C was pressed, which waits for the step's end; a second one does not.
+
+    Several processes would have to agree on the step, and outside the main thread, or where someone
+    else sees to SIGINT, nothing is waited for either.
+    """
+    presses = []
+
+    def press(*_: object) -> None:
+        if presses:
+            raise KeyboardInterrupt
+        presses.append(True)
+        # Not through the console, which may be in the middle of a line.
+        os.write(2, b"\nsaving after this step; Ctrl-C again stops at once\n")
+
+    alone = parallel.size() == 1 and threading.current_thread() is threading.main_thread()
+    waits = alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if waits:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(presses)
+    except KeyboardInterrupt:
+        raise Interrupted(folder) from None
+    finally:
+        if waits:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _save_final(setup: Setup, network: nn.Module, folder: Path) -> None:

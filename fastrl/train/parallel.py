@@ -15,12 +15,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastrl.choices import Parallel
 from fastrl.models.head import unwrap
 
 if dist.is_available():
@@ -29,7 +30,6 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
-Parallel = Literal["replicated", "fsdp"]
 TIMEOUT = timedelta(minutes=30)  # of a process that waits for the others
 PLAIN = "fastrl_plain"
 

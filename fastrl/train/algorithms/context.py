@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrl.choices import Reduction
 from fastrl.losses import token_weights
-from fastrl.losses.reduction import Reduction
 from fastrl.rollout import Engine, RolloutEngine, Rollouts, SamplingParams, join_rollouts
 from fastrl.train import parallel
 from fastrl.train.batches import Batch, pad_batch

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fastrl.losses.reduction import Reduction
+from fastrl.choices import Reduction
 from fastrl.train.section import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

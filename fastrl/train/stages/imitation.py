@@ -4,8 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastrl.losses.imitation import ImitationReward
-from fastrl.losses.reduction import Reduction
+from fastrl.choices import ImitationReward, Reduction
 from fastrl.train.stages.base import Optimizer, Sampled, Stage, belongs
 from fastrl.train.stages.policy import GRPO
 

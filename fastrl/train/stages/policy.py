@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fastrl.losses.kl import KLEstimator
-from fastrl.losses.mismatch import MismatchKind
+from fastrl.choices import KLEstimator, MismatchKind
 from fastrl.train.stages.base import Optimizer, Rewarded, belongs
 
 
