@@ -16,12 +16,13 @@ def get(package: str) -> str:
     It names the package itself: fastrl stays as it is and need not be found, or built, again.
     """
     try:
-        asked = map(Requirement, distribution("fastrl").requires or ())
+        asked = distribution("fastrl").requires or []
     except PackageNotFoundError:
-        asked = iter(())
+        asked = []
     name = canonicalize_name(package)
-    known = {f"{r.name}{r.specifier}" for r in asked if canonicalize_name(r.name) == name}
-    return "pip install " + shlex.quote(max(known, key=len, default=package))
+    same = [r for r in map(Requirement, asked) if canonicalize_name(r.name) == name]
+    known = max((f"{r.name}{r.specifier}" for r in same), key=len, default=package)
+    return f"pip install {shlex.quote(known)}"
 
 
 def rebuild() -> str:

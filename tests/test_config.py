@@ -56,6 +56,23 @@ def test_overrides(tmp_path, recipe):
             "unknown key 'stages.grpo.optimizer.learning_rate'",
         ),
         (
+            ("stages", "grpo", "max_completion_length"),
+            8,
+            "unknown key 'stages.grpo.max_completion_length'; "
+            "did you mean 'max_completion_length' at the top level?",
+        ),
+        (
+            ("data", "max_completion_length"),
+            8,
+            "did you mean 'max_completion_length' at the top level?",
+        ),
+        (("stages", "grpo", "lr"), 1, r"did you mean 'stages\.grpo\.optimizer\.lr'\?"),
+        (("group_size",), 8, r"unknown key 'group_size'; did you mean 'stages\.STAGE\.group_size'"),
+        (("stages", "sft", "group_size"), 8, "known keys: algorithm, batch_size, data"),
+        (("model", "path_to"), 8, "unknown key 'model.path_to'; did you mean 'path'"),
+        (("model", "hidden_size"), 8, r"did you mean 'model\.architecture\.hidden_size'"),
+        (("rewards", 0, "treshold"), 1, r"'rewards\.0\.treshold'; did you mean 'threshold'"),
+        (
             ("stages", "grpo", "group_size"),
             1,
             "stages.grpo: group_size=1 must be at least 2 for advantage=.grpo.",
@@ -98,8 +115,10 @@ def test_dropout_with_several_updates_is_refused(recipe):
 
 
 def test_unreadable_recipes(tmp_path):
-    with pytest.raises(ConfigError, match="neither a file nor a shipped recipe"):
-        load_recipe("arithmetics")
+    with pytest.raises(ConfigError, match=r"neither a file nor .*; did you mean 'arithmetic'"):
+        load_recipe("arithmetik")
+    with pytest.raises(ConfigError, match=r"one of afd, airl, arithmetic, cispo, .*spin$"):
+        load_recipe("zzz")
     path = tmp_path / "r.yaml"
     for text, message in (("a: [", "not YAML"), ("- 1", "must be a mapping")):
         path.write_text(text)

@@ -9,12 +9,13 @@ from fastrl.train.recipe import load_recipe, shipped_recipes
 if TYPE_CHECKING:
     from fastrl.train.checkpoints import CheckpointError
     from fastrl.train.data import DataError
-    from fastrl.train.loop import Interrupted, TrainingError, resume, run
+    from fastrl.train.interrupts import Interrupted
+    from fastrl.train.loop import TrainingError, resume, run
 
 LATER = {
     "CheckpointError": "checkpoints",
     "DataError": "data",
-    "Interrupted": "loop",
+    "Interrupted": "interrupts",
     "TrainingError": "loop",
     "resume": "loop",
     "run": "loop",

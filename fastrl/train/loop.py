@@ -2,13 +2,7 @@
 
 import copy
 import json
-import os
-import shlex
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +17,7 @@ from fastrl.train.algorithms import STEPS, Context, stream_seed
 from fastrl.train.checkpoints import Progress
 from fastrl.train.config import Config
 from fastrl.train.evaluate import evaluate
+from fastrl.train.interrupts import interrupts
 from fastrl.train.optimizer import Optimizer
 from fastrl.train.setup import Setup, add_scorer, load_policy, prepare
 from fastrl.train.stages import Distillation, Stage
@@ -34,17 +29,6 @@ MAX_SKIPPED = 3
 
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message says why and where its samples are."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or SIGINT, while a run trains; the message has the command that continues it."""
-
-    def __init__(self, folder: Path):
-        saved = checkpoints.latest(folder)
-        step = "begins anew" if saved is None else f"continues after {saved.name}"
-        alone = "; several processes do not save when interrupted" if parallel.size() > 1 else ""
-        resume = f"fastrl train --resume {shlex.quote(str(folder))}"
-        super().__init__(f"interrupted{alone}; {resume} {step}")
 
 
 def run(config: Config, out: Path | str | None = None, console: Console | None = None) -> Path:
@@ -102,7 +86,7 @@ def _train(
 ) -> Path:
     config = setup.config
     with (
-        _interrupts(folder) as interrupted,
+        interrupts(folder) as interrupted,
         Tracker(folder, config, progress.step, console) as tracker,
     ):
         names = list(config.stages)
@@ -130,35 +114,6 @@ def _train(
         for name, network in setup.networks.items():
             _save_final(setup, network, folder / ("final" if name == "policy" else f"final-{name}"))
     return folder
-
-
-@contextmanager
-def _interrupts(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Says whether Ctrl-C was pressed, which waits for the step's end; a second one does not.
-
-    Several processes would have to agree on the step, and outside the main thread, or where someone
-    else sees to SIGINT, nothing is waited for either.
-    """
-    presses = []
-
-    def press(*_: object) -> None:
-        if presses:
-            raise KeyboardInterrupt
-        presses.append(True)
-        # Not through the console, which may be in the middle of a line.
-        os.write(2, b"\nsaving after this step; Ctrl-C again stops at once\n")
-
-    alone = parallel.size() == 1 and threading.current_thread() is threading.main_thread()
-    waits = alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if waits:
-        signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: bool(presses)
-    except KeyboardInterrupt:
-        raise Interrupted(folder) from None
-    finally:
-        if waits:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _save_final(setup: Setup, network: nn.Module, folder: Path) -> None:

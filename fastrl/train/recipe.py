@@ -1,5 +1,6 @@
 """Recipes as YAML: read from a file or the package, changed by overrides, written back."""
 
+import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,9 @@ def _read(recipe: str, extending: tuple[str, ...], folder: Path | None = None) -
         source = resources.files("fastrl.recipes") / f"{shipped}.yaml"
         text, here, name = source.read_text(), None, shipped
     else:
-        raise ConfigError(
-            f"recipe {recipe!r} is neither a file nor a shipped recipe "
-            f"({', '.join(shipped_recipes())})"
-        )
+        close = difflib.get_close_matches(shipped, shipped_recipes(), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(shipped_recipes())}"
+        raise ConfigError(f"recipe {recipe!r} is neither a file nor a shipped recipe; {hint}")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
