@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test test-slow lint bench docs clean
+.PHONY: train test test-slow lint bench tables docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
@@ -27,6 +27,10 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# What the code already holds, written into the pages of docs/.
+tables: $(VENV)/.installed
+	$(BIN)/python docs/tables.py
 
 # The pages of docs/ as a site in build/docs; a broken link is an error.
 docs: $(VENV)/.installed-docs

@@ -1,12 +1,13 @@
-"""The tables of the pages that the code already holds, written when mkdocs builds them.
+"""Writes into the pages the tables of what the code already holds: `make tables`.
 
-A line `<!-- table: NAME ARGUMENTS -->` of a page becomes the table that the function of that name
-returns. mkdocs.yml names this file as a hook.
+Below a line `<!-- table: NAME ARGUMENTS -->` of a page stands the table that the function of that
+name returns; a test fails where it is another one.
 """
 
 import re
 import types
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -17,17 +18,17 @@ from fastrl import bench
 from fastrl.kernels import IMPLEMENTATIONS
 from fastrl.train import config, shipped_recipes, stages
 
-PLACE = re.compile(r"^<!-- table: (\w+) ?(.*?) -->$", re.MULTILINE)
+PLACE = re.compile(r"^(<!-- table: (\w+) ?(.*?) -->)\n(?:\n\|.*(?:\n\|.*)*\n)?", re.MULTILINE)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs' event: the page's text before it is rendered."""
+def filled(page: str) -> str:
+    """A page's text with its tables as they are now."""
     tables = {f.__name__: f for f in (settings, algorithms, recipes, implementations, races)}
 
-    def table(match: re.Match[str]) -> str:
-        return tables[match[1]](*match[2].split())
+    def place(match: re.Match[str]) -> str:
+        return f"{match[1]}\n\n{tables[match[2]](*match[3].split())}\n"
 
-    return PLACE.sub(table, markdown)
+    return PLACE.sub(place, page)
 
 
 def _table(*rows: tuple[str, ...]) -> str:
@@ -141,3 +142,8 @@ def races() -> str:
     """What `fastrl bench` races."""
     rows = [(f"`{op}`", bench.load(op).about) for op in bench.OPS]
     return _table(("op", "what is timed"), *rows)
+
+
+if __name__ == "__main__":
+    for path in Path(__file__).parent.rglob("*.md"):
+        path.write_text(filled(path.read_text()))
