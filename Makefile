@@ -38,9 +38,11 @@ docs: $(VENV)/.installed-docs
 
 # torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+	@echo "installing into $(VENV): packages are downloaded and kernels compiled, minutes in all"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@echo "compiling the native kernels"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gym]'
 	touch $@
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from fastrl import bench
 from fastrl.bench import peers, points, report
 from fastrl.bench.points import CAPPED, Options
-from fastrl.bench.race import Shape
+from fastrl.bench.race import Shape, describe
 
 # What a report has to share with one that it goes on from.
 SAME = ("machine", "versions", "environment", "isa", "device", "commit")
@@ -120,7 +120,11 @@ def run(
     earlier = read(out) if resume and out is not None and out.exists() else None
     found: dict = {}
     before = () if earlier is None else tuple(earlier["points"])
-    for found in points.run(shapes, wanted, options, before):
+
+    def begin(op: str, shape: Shape) -> None:
+        console.print(f"{op}: {describe(shape)} ...", style="dim", markup=False, highlight=False)
+
+    for found in points.run(shapes, wanted, options, before, begin):
         if len(found["points"]) == len(before):
             report.show_start(found, console)
             if earlier is not None and (other := [k for k in SAME if earlier[k] != found[k]]):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -201,9 +201,11 @@ def run(
     against: list[str] | None,
     options: Options,
     before: tuple[dict, ...] = (),
+    begin: Callable[[str, Shape], None] = lambda op, shape: None,
 ) -> Iterator[dict]:
     """The report of the races in ``shapes`` (by op): first without a shape, then after every one.
 
+    ``begin`` is told of each before it runs, which may take minutes.
     The smallest come first, so that a limit leaves out the largest. Shapes that are among the
     points of an earlier report, ``before``, are not run again.
     """
@@ -237,6 +239,7 @@ def run(
             if time.monotonic() > end:
                 result = {"op": op, "shape": shape, "variants": {}, "skipped": "out of time"}
             else:
+                begin(op, shape)
                 result = run_point(race, shape, fields[op][0], options, slow)
             result["bounds"] = bounds(race, shape, found["peaks"])
             report["points"].append(result)

@@ -29,6 +29,12 @@ def show_start(report: dict, console: Console) -> None:
         else "the machine's peak was not measured: no share of it is shown",
         highlight=False,
     )
+    console.print(
+        "ms: median; 20-80%: of 3 rounds and more; x: times ours; peak: share of what the machine "
+        "can do; +MB: memory that the call takes",
+        style="dim",
+        highlight=False,
+    )
     for who, why in report["missing"].items():
         console.print(f"without {who}: {why}", markup=False, highlight=False)
 
@@ -68,10 +74,10 @@ def show_point(result: dict, console: Console) -> None:
 def _timing(of: dict, mode: str, base: float | None, bound: dict) -> list[str]:
     """Median, percentiles, how many times ours, rate, share of the peak, memory, largest error."""
     times, errors = of[mode], of.get("errors", {})
-    median = times["median"]
+    median, spread = times["median"], times["rounds"] >= FEW
     return [
         figure(1e3 * median),
-        f"{figure(1e3 * times['p20'])}-{figure(1e3 * times['p80'])}",
+        f"{figure(1e3 * times['p20'])}-{figure(1e3 * times['p80'])}" if spread else "",
         (f"{median / base:.2f}" if median < 100 * base else f"{median / base:.0f}") if base else "",
         rate(median, bound),
         f"{bound['floor'] / median:.0%}" if "floor" in bound else "",

@@ -1,5 +1,6 @@
 """The command line: fastrl train | score | report | bench | doctor."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -54,6 +55,8 @@ def train(
     from fastrl.train.report import write_report
 
     logging.disable_progress_bar()
+    # What transformers tells its own callers and peft's; who trains cannot act on it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         with parallel.processes():
             console.quiet = parallel.rank() > 0
@@ -211,7 +214,10 @@ def bench(
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; what was measured is in the --json file", code=130)
+        kept = "what was measured is above; --json FILE would keep it"
+        if json is not None:
+            kept = f"what was measured is in {json}; the same command with --resume goes on"
+        _fail(f"interrupted; {kept}", code=130)
     raise typer.Exit(code)
 
 

@@ -1,9 +1,12 @@
 """The trainer: what a run leaves behind, exact resumption, failures that lose nothing."""
 
+import io
 import json
+import re
 
 import pytest
 import torch
+from rich.console import Console
 from runs import same, steady, weights
 from safetensors.torch import load_file
 
@@ -197,6 +200,18 @@ def test_a_saved_model_is_a_starting_point(recipe, tmp_path):
     second = train.run(parse_config(recipe), tmp_path / "b")
     assert weights(first).keys() == weights(second).keys()
     assert read_jsonl(second / "metrics.jsonl")[-1]["step"] == 3
+
+
+def test_a_console_that_is_no_terminal_gets_a_line_now_and_then(recipe, tmp_path, monkeypatch):
+    recipe["stages"] = {"sft": {"steps": 4, "batch_size": 8, "eval_every": 4}}
+
+    def shown(quiet):
+        monkeypatch.setattr(tracking, "QUIET", quiet)
+        console = Console(file=io.StringIO())
+        train.run(parse_config(recipe), tmp_path / str(quiet), console)
+        return re.findall(r"^  step (\d)", console.file.getvalue(), re.MULTILINE)
+
+    assert shown(0.0) == ["1", "2", "3", "4"] and shown(1e9) == ["4"]
 
 
 def test_tensorboard(recipe, tmp_path):

@@ -55,9 +55,9 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Load and check everything that a recipe names, before any work is done or written."""
     check_trackers(config.trackers)
+    rewards = _rewards(config)
     tokenizer = _tokenizer(config)
     train, held_out = data.load_examples(config, tokenizer)
-    rewards = _rewards(config)
     if rewards.functions:
         # A trial call: what a reward function gets wrong is an error now, not after a warm start.
         trial = train[:2]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastrl.train import parallel
 from fastrl.train.checkpoints import CheckpointError, write_whole
 from fastrl.train.rewards import Scored
 
+QUIET = 30.0  # seconds after which a console that shows no bar gets a line
 SHOWN = ("loss", "nll", "reward", "eval/accuracy", "eval/nll", "completion_length")
 
 
@@ -83,6 +85,7 @@ class Tracker:
         )
         self.task: TaskID | None = None
         self.last: dict[str, float] = {}
+        self.said = time.monotonic()
 
     def __enter__(self) -> "Tracker":
         self.progress.start()
@@ -116,7 +119,9 @@ class Tracker:
         )
         if self.task is not None:
             self.progress.update(self.task, completed=stage_step, figures=figures, rate=rate)
-        if any(k.startswith("eval/") for k in metrics):
+        silent = self.progress.disable and time.monotonic() - self.said > QUIET
+        if silent or any(k.startswith("eval/") for k in metrics):
+            self.said = time.monotonic()
             self.console.print(f"  step {stage_step}: {figures}", highlight=False)
 
     def samples(self, step: int, stage: str, kind: str, scored: Scored, shown: int = 4) -> None:
