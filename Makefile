@@ -4,6 +4,9 @@ VENV ?= .venv
 RECIPE ?= arithmetic
 WORKERS ?= 2
 BIN := $(VENV)/bin
+# setuptools warns of every editable install.
+EDITABLE := PYTHONWARNINGS="ignore:Editable installation" \
+  $(BIN)/pip install --quiet --constraint constraints.txt --editable
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: train test test-slow lint bench tables docs clean
@@ -43,15 +46,15 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	@echo "compiling the native kernels"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gym]'
+	$(EDITABLE) '.[gym]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(EDITABLE) '.[dev]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(EDITABLE) '.[docs]'
 	touch $@
 
 clean:

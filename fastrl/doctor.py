@@ -115,7 +115,7 @@ def _ops() -> list[dict[str, Any]]:
             better = fast[: fast.index(chosen)] if chosen in fast else fast
             if better:
                 reasons = {i: native.unavailable(i, at) for i in better}
-                short = {native.why_missing: "the native kernels are missing"}
+                short = {native.why_missing: "no native kernels"}
                 why = "; ".join(f"{i}: {short.get(r or '', r)}" for i, r in reasons.items())
             elif not fast:
                 why = "plain PyTorch; no kernel for this device exists yet"
@@ -129,7 +129,7 @@ def _ops() -> list[dict[str, Any]]:
     missing = native.unavailable("cpu", torch.device("cpu"))
     why = "C++ for Llama, Mistral, Qwen2, Qwen3, Gemma 2; others as Hugging Face has them"
     if missing:
-        why = "cpu: the native kernels are missing"
+        why = "cpu: no native kernels"
     impl = "Hugging Face" if missing else "cpu"
     decode = {"op": "RolloutEngine", "device": "cpu", "impl": impl, "why": why}
     return [*found, decode | {"slow": missing is not None}]
@@ -246,8 +246,8 @@ def _selftest(console: Console, quiet: bool) -> list[dict[str, Any]]:
     table.add_column("op", no_wrap=True)
     table.add_column("runs", overflow="fold")
     table.add_column("verdict", no_wrap=True)
-    table.add_column("worst result", overflow="fold")
-    for column in ("error", "limit", "s"):
+    table.add_column("worst result", overflow="fold", min_width=12)
+    for column in ("error", "limit"):
         table.add_column(column, justify="right", no_wrap=True)
     results = []
     for result in selftest.run():
@@ -258,7 +258,7 @@ def _selftest(console: Console, quiet: bool) -> list[dict[str, Any]]:
             result.op,
             result.impl if result.device == result.impl else f"{result.impl} on {result.device}",
             *(result.verdict, result.wrong or result.what),
-            *(f"{result.error:.1e}", f"{result.limit:.1e}", f"{result.seconds:.1f}"),
+            *(f"{result.error:.1e}", f"{result.limit:.1e}"),
             style=style,
         )
     if not quiet:
