@@ -239,5 +239,6 @@ def doctor(
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    Console(stderr=True).print(f"[bold red]error[/bold red]: {escape(message)}", highlight=False)
+    text = f"[bold red]error[/bold red]: {escape(message)}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)  # a command stays whole
     raise typer.Exit(code)
