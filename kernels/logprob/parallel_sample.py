@@ -179,7 +179,7 @@ def _nucleus(logits: Tensor, top_p: float, group) -> Tensor:
     # Floats in their order are these integers; `below` has top_p or more above it, `cut` less.
     below, cut = _key(torch.full_like(highest, _LOWEST)), _key(highest)
     for _ in range(64 if logits.dtype == torch.float64 else 32):
-        middle = below + (cut - below) // 2
+        middle = (below & cut) + ((below ^ cut) >> 1)  # their mean, and no overflow
         fits = above(_from_key(middle, logits.dtype)) < limit
         below, cut = torch.where(fits, below, middle), torch.where(fits, middle, cut)
     lowest = _from_key(cut, logits.dtype)
