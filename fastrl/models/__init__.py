@@ -20,9 +20,10 @@ from fastrl.models.logprobs import (
 )
 from fastrl.models.scorer import (
     Level,
-    ValueHead,
+    ScoreHead,
     build_scorer,
     completion_scores,
+    head_scores,
     load_scorer,
     logprobs_and_values,
     scorer_class,
@@ -31,7 +32,7 @@ from fastrl.models.scorer import (
 __all__ = [
     "Level",
     "LmHead",
-    "ValueHead",
+    "ScoreHead",
     "add_lora",
     "backbone",
     "build_model",
@@ -44,6 +45,7 @@ __all__ = [
     "completion_states",
     "group_logprobs",
     "group_rows",
+    "head_scores",
     "lm_head",
     "load_model",
     "load_scorer",

@@ -108,7 +108,7 @@ def _save_final(setup: Setup, network: nn.Module, folder: Path) -> None:
     with parallel.whole(network) as model:
 
         def fill(path: Path) -> None:
-            if isinstance(model, models.ValueHead):
+            if isinstance(model, models.ScoreHead):
                 checkpoints.save_weights(checkpoints.trainable(model), path / "model.safetensors")
             else:
                 models.save_pretrained(model, setup.tokenizer, path)
@@ -176,7 +176,7 @@ def _add_scorers(setup: Setup, stage: Stage) -> None:
         if network in setup.networks:
             continue
         if stage.value_head:
-            setup.networks[network] = models.ValueHead(setup.policy)
+            setup.networks[network] = models.ScoreHead(setup.policy)
         else:
             add_scorer(setup, network, heads, stream_seed(setup.config.seed, network))
 

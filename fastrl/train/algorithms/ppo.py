@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl import losses
-from fastrl.models import ValueHead, completion_states, logprobs_and_values
+from fastrl.models import ScoreHead, completion_states, logprobs_and_values
 from fastrl.train.algorithms.context import Context
 from fastrl.train.algorithms.policy import (
     at_the_end,
@@ -63,7 +63,7 @@ def ppo(context: Context, index: int) -> Iterator[Update]:
 def frozen_values(context: Context, batch: Batch) -> Tensor:
     """The critic's values `[B, T]` before each token, without gradients."""
     critic, size = context.setup.networks["critic"], context.stage.micro_batch_size
-    if not isinstance(critic, ValueHead):
+    if not isinstance(critic, ScoreHead):
         return batch.frozen_scores(critic, size, "state")
 
     def values(part: Batch) -> Tensor:
@@ -76,7 +76,7 @@ def frozen_values(context: Context, batch: Batch) -> Tensor:
 def critic_loss(context: Context, batch: Batch) -> Values:
     """Loss and metrics of the critic alone; through a head no gradient reaches the policy."""
     critic = context.setup.networks["critic"]
-    if isinstance(critic, ValueHead):
+    if isinstance(critic, ScoreHead):
         with torch.no_grad():
             states = completion_states(context.policy, *batch.completions)
         return _value_loss(context.stage, batch, critic.values(states, batch.completion_mask))
