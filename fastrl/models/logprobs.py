@@ -75,7 +75,9 @@ def pack_groups(
     groups = group_rows(prompt_ids)
     lengths = [n if whole else max(n - 1, 0) for n in completion_mask.sum(-1).tolist()]
     layout = GroupLayout.from_lengths(
-        [len(prompt_ids[g[0]]) for g in groups], [[lengths[row] for row in g] for g in groups], device
+        [len(prompt_ids[g[0]]) for g in groups],
+        [[lengths[row] for row in g] for g in groups],
+        device,
     )
     read = completion_ids.split(1)
     ids = torch.cat(

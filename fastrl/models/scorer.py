@@ -70,7 +70,7 @@ def build_scorer(model: nn.Module, pad_token_id: int, *, heads: int = 1, seed: i
 
 
 class ScoreHead(nn.Linear):
-    """Scores `[..., K]` of the hidden states `[..., H]` of a causal LM: a scorer without a backbone.
+    """Scores `[..., K]` of the hidden states `[..., H]` of a causal LM.
 
     0 to begin with or, with a seed, drawn from N(0, 1/H), so that heads of an ensemble differ.
     float32.
