@@ -72,22 +72,29 @@ def build_scorer(model: nn.Module, pad_token_id: int, *, heads: int = 1, seed: i
 class ScoreHead(nn.Linear):
     """Scores `[..., K]` of the hidden states `[..., H]` of a causal LM.
 
-    0 to begin with or, with a seed, drawn from N(0, 1/H), so that heads of an ensemble differ.
-    float32.
+    One head is 0 to begin with; those of an ensemble are drawn from N(0, 1/H) by seed, so that they
+    differ. float32.
     """
 
-    def __init__(self, model: nn.Module, heads: int = 1, seed: int | None = None):
+    def __init__(self, model: nn.Module, heads: int = 1, seed: int = 0):
         parameter = next(model.parameters())
         size = unwrap(model).get_input_embeddings().weight.shape[1]
         super().__init__(size, heads, bias=False, device=parameter.device, dtype=torch.float32)
         nn.init.zeros_(self.weight)
-        if seed is not None:
+        if heads > 1:
             generator = torch.Generator().manual_seed(seed)
             self.weight.data.copy_(torch.randn(heads, size, generator=generator) * size**-0.5)
 
     def values(self, states: Tensor, completion_mask: Tensor) -> Tensor:
         """Values `[B, T]` float32 of the states before each completion token; 0 where masked."""
         return torch.where(completion_mask, self(states.float()).squeeze(-1), 0.0)
+
+
+def join_head(model: nn.Module, head: ScoreHead, pad_token_id: int) -> Any:
+    """The sequence classifier that a causal LM's backbone and a head on it are together; a copy."""
+    scorer = build_scorer(model, pad_token_id, heads=head.out_features)
+    scorer.score.weight.data.copy_(head.weight.data)
+    return scorer
 
 
 @as_forward

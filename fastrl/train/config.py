@@ -260,6 +260,7 @@ class Config(Section):
     def _stages_fit_together(self):
         dropout = self.model.lora is not None and self.model.lora.dropout > 0
         trained: dict[str, tuple[int, bool]] = {}
+        stage: Any
         for i, (name, stage) in enumerate(self.stages.items()):
             if dropout and isinstance(stage, PolicyGradient) and stage.updates_per_batch > 1:
                 raise ValueError(

@@ -10,15 +10,15 @@ from fastrl.train.section import Section
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scheme = Literal["int8", "nf4", "int4", "fp8", "bf16", "float32"]
 Ensemble = Literal["mean", "worst_case", "uncertainty"]
-Backbone = Literal["separate", "head"]
+ScorerKind = Literal["separate", "head"]
 
 SCHEME = (
     "score samples by the forward of fastrl.reward.QuantizedRewardModel, quantized so from the "
     "weights as training left them; default: by the forward that the model is trained with"
 )
-REWARD_BACKBONE = (
-    "a model of its own, or a head alone, on the hidden states of the policy as the stage found it: "
-    "they are not trained, and later stages score with that policy, however theirs changes"
+REWARD_MODEL = (
+    "a model of its own, or a head alone, on the hidden states of the policy as the stage found "
+    "it: they are not trained, and later stages score with that policy, however theirs changes"
 )
 
 

@@ -7,12 +7,12 @@ from pydantic import Field, model_validator
 from fastrl.losses.imitation import ImitationReward
 from fastrl.losses.reduction import Reduction
 from fastrl.train.stages.base import (
-    REWARD_BACKBONE,
+    REWARD_MODEL,
     SCHEME,
-    Backbone,
     Optimizer,
     Sampled,
     Scheme,
+    ScorerKind,
     Stage,
     belongs,
 )
@@ -54,7 +54,7 @@ class AfD(Sampled):
     )
     heads: int = Field(1, ge=1)
     network: str = Field("reward", pattern=r"^[a-z][a-z0-9_]*$")
-    backbone: Backbone = Field("separate", description=REWARD_BACKBONE)
+    reward_model: ScorerKind = Field("separate", description=REWARD_MODEL)
     demonstrations: ClassVar[bool] = True
     trains_policy: ClassVar[bool] = False
 
@@ -64,7 +64,7 @@ class AfD(Sampled):
 
     @property
     def has_head(self) -> bool:
-        return self.backbone == "head"
+        return self.reward_model == "head"
 
     @property
     def needs_earlier(self) -> bool:
@@ -87,11 +87,11 @@ class Adversarial(GRPO):
         "tell them by their prompts; or all prompts",
     )
     demonstrations_per_step: int = Field(64, ge=1, description="with prompts=all")
-    discriminator: Backbone = Field(
+    discriminator: ScorerKind = Field(
         "separate",
         description="a model of its own, or a head alone, on the hidden states of the policy as it "
-        "is: less memory and time, but what it reads is trained for the policy alone and moves with "
-        "each of its steps, which the head has to follow",
+        "is: less memory and time, but these are not trained to tell the two apart, and move with "
+        "each step of the policy, which the head has to follow",
     )
     scheme: Scheme | None = Field(
         None,

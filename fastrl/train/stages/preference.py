@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastrl.train.stages.base import REWARD_BACKBONE, Backbone, Stage, belongs
+from fastrl.train.stages.base import REWARD_MODEL, ScorerKind, Stage, belongs
 
 
 class Reward(Stage):
@@ -18,7 +18,7 @@ class Reward(Stage):
     margin: str | None = Field(None, description="a column of margins, for bradley_terry")
     heads: int = Field(1, ge=1, description="more are an ensemble on one backbone")
     network: str = Field("reward", pattern=r"^[a-z][a-z0-9_]*$", description="its name in the run")
-    backbone: Backbone = Field("separate", description=REWARD_BACKBONE)
+    reward_model: ScorerKind = Field("separate", description=REWARD_MODEL)
     rankings: ClassVar[bool] = True
     trains_policy: ClassVar[bool] = False
 
@@ -34,7 +34,7 @@ class Reward(Stage):
 
     @property
     def has_head(self) -> bool:
-        return self.backbone == "head"
+        return self.reward_model == "head"
 
 
 class Preference(Stage):
