@@ -46,18 +46,17 @@ class Scorer:
         `fastrl.reward.RewardModelError` as `QuantizedRewardModel.from_pretrained` does.
         """
         with parallel.whole(self.model) as model:
-            if isinstance(model, PeftModel):
-                model = copy.deepcopy(model).merge_and_unload()
-            checkpoint = (
-                Checkpoint.of(model) if self.head is None else _classifier(model, self.head)
-            )
-            return QuantizedScorer(
-                QuantizedRewardModel.from_pretrained(checkpoint, scheme, device=device)
-            )
+            checkpoint = _checkpoint(model, self.head)
+            quantized = QuantizedRewardModel.from_pretrained(checkpoint, scheme, device=device)
+        return QuantizedScorer(quantized)
 
 
-def _classifier(model: Any, head: ScoreHead) -> Checkpoint:
-    """A causal LM's backbone and a head on it, as the classifier that they are together."""
+def _checkpoint(model: Any, head: ScoreHead | None) -> Checkpoint:
+    """A classifier, or a causal LM's backbone and a head as the one that they are together."""
+    if isinstance(model, PeftModel):
+        model = copy.deepcopy(model).merge_and_unload()
+    if head is None:
+        return Checkpoint.of(model)
     config = copy.deepcopy(unwrap(model).config)
     config.num_labels = head.out_features
     tensors = {f"model.{name}": t for name, t in backbone(model).state_dict().items()}
