@@ -90,7 +90,8 @@ def _earlier(config: Config, name: str) -> str | None:
 
 
 def _needed_later(config: Config) -> set[str | None]:
-    read = {name for name, stage in config.stages.items() if stage.has_head}
+    stages = config.stages.items()
+    read = {name for name, stage in stages if stage.has_head and not stage.trains_policy}
     return read | {_earlier(config, name) for name in config.stages}
 
 

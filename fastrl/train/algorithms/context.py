@@ -18,7 +18,7 @@ from fastrl.train.batches import Batch, pad_batch
 from fastrl.train.data import Example, batch_indices
 from fastrl.train.rewards import Scored
 from fastrl.train.scoring import QuantizedScorer, Scorer, frozen_scores
-from fastrl.train.setup import Setup
+from fastrl.train.setup import SHARED, Setup
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -45,17 +45,17 @@ class Context:
 
     @property
     def shared_prefix(self) -> bool:
-        """Whether log-probs and scores of this stage's batches compute each prompt once."""
-        return self.setup.shared_prefix
+        """Whether this stage learns from groups whose prompt is computed once."""
+        return self.setup.shared_prefix and isinstance(self.stage, SHARED)
 
     def scorer(self, name: str) -> Scorer:
         """A scoring model as it is trained; a head reads the policy, or what it was trained on."""
         network = self.setup.networks[name]
         if not isinstance(network, ScoreHead):
-            return Scorer(network, None, self.shared_prefix)
+            return Scorer(network, None, self.setup.shared_prefix)
         model = self.policy if name in self.stage.scorers else self.scored_with
         assert model is not None
-        return Scorer(model, network, self.shared_prefix)
+        return Scorer(model, network, self.setup.shared_prefix)
 
     def learned_rewards(self, name: str, batch: Batch, level: Level = "sequence") -> Tensor:
         """What a scoring model gives, `[B]` or `[B, T]`, in the stage's scheme if it has one.

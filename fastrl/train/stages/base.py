@@ -13,8 +13,9 @@ Ensemble = Literal["mean", "worst_case", "uncertainty"]
 ScorerKind = Literal["separate", "head"]
 
 SCHEME = (
-    "score samples by the forward of fastrl.reward.QuantizedRewardModel, quantized so from the "
-    "weights as training left them; default: by the forward that the model is trained with"
+    "score samples by the forward of fastrl.reward.QuantizedRewardModel, quantized so: once where "
+    "the scoring model is frozen, after its updates where the stage trains it; default: by the "
+    "forward that it is trained with"
 )
 REWARD_MODEL = (
     "a model of its own, or a head alone, on the hidden states of the policy as the stage found "

@@ -8,10 +8,8 @@ from fastrl.losses.imitation import ImitationReward
 from fastrl.losses.reduction import Reduction
 from fastrl.train.stages.base import (
     REWARD_MODEL,
-    SCHEME,
     Optimizer,
     Sampled,
-    Scheme,
     ScorerKind,
     Stage,
     belongs,
@@ -92,11 +90,6 @@ class Adversarial(GRPO):
         description="a model of its own, or a head alone, on the hidden states of the policy as it "
         "is: less memory and time, but these are not trained to tell the two apart, and move with "
         "each step of the policy, which the head has to follow",
-    )
-    scheme: Scheme | None = Field(
-        None,
-        description=SCHEME + "; after every update of the discriminator again, which pays for long "
-        "completions and large batches",
     )
     discriminator_updates: int = Field(1, ge=1)
     discriminator_optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
