@@ -78,7 +78,7 @@ def first_updates(config, tmp_path, micro_batch_size, split):
     (name, stage), *_ = config.stages.items()
     stage = stage.model_copy(update={"micro_batch_size": micro_batch_size})
     setup = loop.prepare(config)
-    work = loop._begin(setup, stage, name, tmp_path, None)
+    work = loop.begin(setup, stage, name, tmp_path, None)
     torch.manual_seed(0)
     if work.context.reference is not None:  # so that what compares with it is not trivial
         with torch.no_grad():

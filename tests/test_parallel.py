@@ -120,6 +120,25 @@ def test_a_value_head_takes_the_steps_of_one(ranks, recipe, tmp_path):
     compare(ranks, tmp_path, settings)
 
 
+SCORING = {
+    "head, int8": {"only": {"discriminator": "head", "scheme": "int8"}},
+    "int8 of tokens": {"only": {"level": "token", "scheme": "int8"}},
+    "a frozen head": {"reward": {"reward_model": "head", "heads": 2}, "grpo": {"scheme": "bf16"}},
+}
+
+
+@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
+@pytest.mark.parametrize("name", SCORING)
+def test_scores_are_those_of_one(ranks, recipe, tmp_path, name, layout):
+    settings = values(recipe, "gail", layout)
+    if "grpo" in SCORING[name]:
+        reward, grpo = (values(recipe, a)["stages"]["only"] for a in ("reward", "grpo"))
+        settings["stages"] = {"reward": reward, "grpo": grpo | {"reward": "reward"}}
+    for stage, more in SCORING[name].items():
+        settings["stages"][stage] |= more
+    compare(ranks, tmp_path, settings)
+
+
 @pytest.mark.parametrize("algorithm", [f.model_fields["algorithm"].default for f in FAMILIES])
 def test_sharded_models_take_the_steps_of_whole_ones(ranks, recipe, tmp_path, algorithm):
     compare(ranks, tmp_path, values(recipe, algorithm, "fsdp"))

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fastrl.kernels import QuantizedWeight, quantize, weight_from_bitsandbytes
-from fastrl.reward.backbone import Angles, Batch, Layer
+from fastrl.reward.backbone import Angles, Batch, Ends, Layer, Rotary, embed
 from fastrl.reward.checkpoint import ATTENTION, MLP, Checkpoint, RewardModelError
 from fastrl.reward.linear import Linear
+from fastrl.reward.pairs import Ids, Pair, check_pair, encode_pair, pack
 
 FLOATS = {"bf16": torch.bfloat16, "float32": torch.float32}
 QUANTIZED = ("int8", "nf4", "int4", "fp8")
 # The part of a channel's spread that moves from activations to weights (2211.10438).
 MIGRATION = 0.5
+CALIBRATION_TOKENS = 8192
+LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,30 @@ class Calibration:
 
         self._state = layer(*self._state, self._layout, self._angles, observe=observe)
         return largest
+
+
+def calibrate(
+    checkpoint: Checkpoint, texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None
+) -> Calibration:
+    """Calibration on texts or token ids; raises `ValueError` naming the one that cannot be used."""
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("smooth must be a sequence of at least one text or list of token ids")
+    used, tokens, known = list[Pair](), 0, dict[str, Ids]()
+    for i, text in enumerate(texts):
+        try:
+            pair = encode_pair(text, "" if isinstance(text, str) else [], tokenizer, known)
+            check_pair(pair, checkpoint.spec.vocabulary, checkpoint.spec.context)
+        except ValueError as error:
+            raise ValueError(f"smooth[{i}]: {error}") from None
+        tokens += len(pair.prompt)
+        if used and tokens > CALIBRATION_TOKENS:
+            break
+        used.append(pair)
+    _, batch = next(pack(used, LARGEST))
+    cpu = torch.device("cpu")
+    table = Rotary(checkpoint.config, cpu)
+    hidden = embed(Ends.read(checkpoint, cpu).embedding, batch, checkpoint.spec, torch.float32)
+    return Calibration(batch, hidden, table(batch.layout.positions(len(batch.ids))))
 
 
 def build_layers(

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastrl.kernels import pool_score
-from fastrl.reward.backbone import Angles, Batch, Layer, Observe
+from fastrl.reward.backbone import Angles, Batch, Ends, Layer, Observe, Rotary, embed
 from fastrl.reward.build import (
     QUANTIZED,
-    Calibration,
     Plan,
     bitsandbytes_layers,
     build_layers,
+    calibrate,
 )
-from fastrl.reward.checkpoint import Checkpoint, RewardModelError, Spec, rotary
+from fastrl.reward.checkpoint import Checkpoint, RewardModelError
 from fastrl.reward.ensemble import combine
 from fastrl.reward.functions import RewardFunction
-from fastrl.reward.pairs import Ids, Pair, check_pair, encode, encode_pair, pack
-
-CALIBRATION_TOKENS = 8192
-LARGEST = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What is before and after the layers: embedding `[V, H]`, final norm `[H]`, head `[K, H]`."""
-
-    embedding: Tensor
-    norm: Tensor
-    head: Tensor
-
-    @classmethod
-    def read(cls, checkpoint: Checkpoint, device: torch.device) -> "Ends":
-        spec = checkpoint.spec
-        norm = checkpoint.get("norm.weight", (spec.hidden,)).float() + spec.norm_offset
-        embedding = checkpoint.get("embed_tokens.weight", (spec.vocabulary, spec.hidden))
-        head = checkpoint.get("score.weight").float()
-        return cls(embedding.to(device), norm.to(device), head.to(device))
+from fastrl.reward.pairs import Pair, check_pair, encode, pack
 
 
 class QuantizedRewardModel:
@@ -120,7 +99,7 @@ class QuantizedRewardModel:
         calibration = None
         with torch.no_grad():
             if smooth is not None:
-                calibration = _calibration(checkpoint, smooth, tokenizer)
+                calibration = calibrate(checkpoint, smooth, tokenizer)
             layers = build_layers(checkpoint, plan, calibration, torch.device(device))
         return cls(
             checkpoint,
@@ -209,17 +188,38 @@ class QuantizedRewardModel:
         """`score` of token ids that were checked."""
         scores = torch.empty(len(pairs), self.spec.scores)
         for rows, batch in pack(pairs, self.batch_tokens, share_prompts=share_prompts):
-            batch = batch.to(self.device)
-            found = self.run(batch).cpu()
-            finite = found.isfinite().all(1)
-            if not finite.all():
-                row = rows[int(finite.logical_not().nonzero()[0])]
-                raise RewardModelError(
-                    f"{self.source}: the score of pair {row} is not finite; "
-                    f"{self._overflow(batch)} (scheme={self.scheme!r}, activations {self.dtype})"
-                )
-            scores[rows] = found
+            scores[rows] = self._finite(rows, batch)
         return scores.squeeze(1) if self.spec.scores == 1 else scores
+
+    @torch.no_grad()
+    def score_tokens(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """What the head makes of every completion token, `[C]` of each pair, or `[C, K]`.
+
+        Each is the score of its pair cut off after that token, and as independent of the batch.
+        Of token ids that were checked; raises `RewardModelError` as `score` does.
+        """
+        scores = [torch.empty(0)] * len(pairs)
+        for rows, batch in pack(pairs, self.batch_tokens, every_token=True):
+            lengths = [len(pairs[row].completion) for row in rows]
+            of_token = [row for row, n in zip(rows, lengths, strict=True) for _ in range(n)]
+            found = self._finite(of_token, batch)
+            found = found.squeeze(1) if self.spec.scores == 1 else found
+            for row, some in zip(rows, found.split(lengths), strict=True):
+                scores[row] = some
+        return scores
+
+    def _finite(self, rows: Sequence[int], batch: Batch) -> Tensor:
+        """`run` on the CPU; raises `RewardModelError` naming the pair whose score is not finite."""
+        batch = batch.to(self.device)
+        found = self.run(batch).cpu()
+        finite = found.isfinite().all(1)
+        if not finite.all():
+            row = rows[int(finite.logical_not().nonzero()[0])]
+            raise RewardModelError(
+                f"{self.source}: the score of pair {row} is not finite; "
+                f"{self._overflow(batch)} (scheme={self.scheme!r}, activations {self.dtype})"
+            )
+        return found
 
     def run(
         self, batch: Batch, *, last_layer: str = "pooled", observe: Observe | None = None
@@ -272,48 +272,3 @@ class QuantizedRewardModel:
 
         reward.__name__ = name
         return reward
-
-
-class Rotary:
-    """Cosines and sines of positions, in a table that grows."""
-
-    def __init__(self, config: Any, device: torch.device):
-        self._config, self._device = config, device
-        self._table = (torch.empty(0), torch.empty(0))
-
-    def __call__(self, positions: Tensor) -> Angles:
-        needed = int(positions.max()) + 1
-        if needed > len(self._table[0]):
-            count = max(256, 1 << (needed - 1).bit_length())
-            cos, sin = rotary(self._config, count)
-            self._table = (cos.to(self._device), sin.to(self._device))
-        return Angles(*(x[positions].unsqueeze(1) for x in self._table))
-
-
-def embed(embedding: Tensor, batch: Batch, spec: Spec, dtype: torch.dtype) -> Tensor:
-    """The states `[T, H]` that enter the first layer."""
-    x = embedding[batch.ids].to(dtype)
-    return x if spec.embedding_scale == 1.0 else x * torch.tensor(spec.embedding_scale).to(x)
-
-
-def _calibration(
-    checkpoint: Checkpoint, texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None
-) -> Calibration:
-    if isinstance(texts, str) or not len(texts):
-        raise ValueError("smooth must be a sequence of at least one text or list of token ids")
-    used, tokens, known = list[Pair](), 0, dict[str, Ids]()
-    for i, text in enumerate(texts):
-        try:
-            pair = encode_pair(text, "" if isinstance(text, str) else [], tokenizer, known)
-            check_pair(pair, checkpoint.spec.vocabulary, checkpoint.spec.context)
-        except ValueError as error:
-            raise ValueError(f"smooth[{i}]: {error}") from None
-        tokens += len(pair.prompt)
-        if used and tokens > CALIBRATION_TOKENS:
-            break
-        used.append(pair)
-    _, batch = next(pack(used, LARGEST))
-    cpu = torch.device("cpu")
-    table = Rotary(checkpoint.config, cpu)
-    hidden = embed(Ends.read(checkpoint, cpu).embedding, batch, checkpoint.spec, torch.float32)
-    return Calibration(batch, hidden, table(batch.layout.positions(len(batch.ids))))

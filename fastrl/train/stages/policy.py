@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from fastrl.losses.kl import KLEstimator
 from fastrl.losses.mismatch import MismatchKind
-from fastrl.train.stages.base import Optimizer, Rewarded, belongs
+from fastrl.train.stages.base import Optimizer, Rewarded, ScorerKind, belongs
 
 
 class PolicyGradient(Rewarded):
@@ -116,7 +116,7 @@ class PPO(PolicyGradient):
     kl_estimator: KLEstimator = "k1"
     value_clip: float | None = Field(0.2, gt=0)
     normalize_advantages: bool = True
-    critic: Literal["separate", "head"] = Field(
+    critic: ScorerKind = Field(
         "separate", description="a model of its own, or a head on the policy's hidden states"
     )
     value_coef: float = Field(0.1, gt=0, description="of the value loss, with critic=head")
@@ -133,7 +133,7 @@ class PPO(PolicyGradient):
         return {"critic": 1}
 
     @property
-    def value_head(self) -> bool:
+    def has_head(self) -> bool:
         return self.critic == "head"
 
 
