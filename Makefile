@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test test-slow lint bench docs clean
+.PHONY: train test test-slow lint bench docs notebooks clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
@@ -31,6 +31,11 @@ bench: $(VENV)/.installed-dev
 # The pages of docs/ as a site in build/docs; a broken link is an error.
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --quiet
+
+# Run the pages that are notebooks again and keep what they show. On a quiet machine: they show times.
+notebooks: $(VENV)/.installed-docs
+	$(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False \
+	  docs/*.ipynb
 
 # torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
