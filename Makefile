@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test test-slow lint bench docs clean
+.PHONY: train test test-slow lint bench docs wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
@@ -31,6 +31,14 @@ bench: $(VENV)/.installed-dev
 # The pages of docs/ as a site in build/docs; a broken link is an error.
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --quiet
+
+# A wheel in dist/, tagged with the Linuxes that it runs on; with CUDA's major in its version where
+# nvcc built kernels, which FASTRL_CUDA=off prevents.
+wheel: $(VENV)/.installed-dev
+	rm -rf build/wheel
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
+	$(BIN)/python tests/wheel_links.py build/wheel/fastrl-*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat auto -w dist build/wheel/*.whl
 
 # torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
