@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test test-slow lint bench docs notebooks clean
+.PHONY: train test test-slow lint bench docs notebooks wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
@@ -36,6 +36,14 @@ docs: $(VENV)/.installed-docs
 notebooks: $(VENV)/.installed-docs
 	$(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False \
 	  docs/*.ipynb
+
+# A wheel in dist/, tagged with the Linuxes that it runs on; with CUDA's major in its version where
+# nvcc built kernels, which FASTRL_CUDA=off prevents.
+wheel: $(VENV)/.installed-dev
+	rm -rf build/wheel
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
+	$(BIN)/python tests/wheel_links.py build/wheel/fastrl-*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat auto -w dist build/wheel/*.whl
 
 # torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
