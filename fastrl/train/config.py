@@ -172,7 +172,9 @@ class Reward(Section):
         "", description="import path module:function, or reasoning_gym for the task's verifier"
     )
     model: str | None = Field(None, description="local Hugging Face directory or hub id")
-    scheme: Literal["int8", "nf4", "int4", "fp8", "bf16", "float32"] = "int8"
+    scheme: Literal["int8", "nf4", "int4", "fp8", "bf16", "float32"] | None = Field(
+        None, description="default: int8, or what the model was saved in"
+    )
     keep_bf16: tuple[str, ...] = Field((), description="the model's linear layers left in bf16")
     ensemble: Literal["mean", "worst_case", "uncertainty"] | None = Field(
         None, description="how the heads of a model with several become one reward"
@@ -192,7 +194,7 @@ class Reward(Section):
     def _one_source(self):
         if bool(self.function) == (self.model is not None):
             raise ValueError("give either function or model")
-        if self.model is None and (self.scheme != "int8" or self.keep_bf16 or self.ensemble):
+        if self.model is None and (self.scheme or self.keep_bf16 or self.ensemble):
             raise ValueError("scheme, keep_bf16 and ensemble go with model")
         return self
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastrl import models
+from fastrl.files import write_folder, write_whole
 from fastrl.train import checkpoints, parallel
 from fastrl.train.algorithms import STEPS, Context, stream_seed
 from fastrl.train.checkpoints import Progress
@@ -37,8 +38,8 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
     (the policy in Hugging Face format) and final-NAME/ of each scoring model. Processes that
     torchrun started train together, and the first one writes; all have to see the folder. Raises
     `ConfigError`, `DataError`, `RewardError` or `ValueError` for settings that cannot work, before
-    the folder is made; `CheckpointError` for a folder that exists or a disk that is full;
-    `TrainingError` after three non-finite steps in a row.
+    the folder is made; `CheckpointError` for a folder that exists, `WriteError` for a disk that is
+    full; `TrainingError` after three non-finite steps in a row.
     """
     with parallel.processes():
         stamp = parallel.first(lambda: datetime.now().strftime("%Y%m%d-%H%M%S"))
@@ -113,7 +114,7 @@ def _save_final(setup: Setup, network: nn.Module, folder: Path) -> None:
             else:
                 models.save_pretrained(model, setup.tokenizer, path)
 
-        parallel.first(lambda: checkpoints.write_folder(folder, fill))
+        parallel.first(lambda: write_folder(folder, fill))
 
 
 @dataclass
@@ -143,7 +144,7 @@ def _begin(setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path
             def fill(path: Path) -> None:
                 checkpoints.save_weights(weights, path / "policy.safetensors")
 
-            parallel.first(lambda: checkpoints.write_folder(folder / f"begin-{name}", fill))
+            parallel.first(lambda: write_folder(folder / f"begin-{name}", fill))
     reference = earlier = None
     if isinstance(stage, Distillation) and stage.teacher is not None:
         teacher: nn.Module = models.load_model(stage.teacher)
@@ -313,7 +314,7 @@ def _save_skipped(
         "grad_norm": str(norm),
         "samples": samples,
     }
-    parallel.first(lambda: checkpoints.write_whole(path, json.dumps(report, indent=1).encode()))
+    parallel.first(lambda: write_whole(path, json.dumps(report, indent=1).encode()))
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         raise TrainingError(
             f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient and were not applied "
