@@ -66,7 +66,7 @@ def save(
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU and no two in one memory, as safetensors asks: code tables and scales are shared."""
+    """On the CPU, no two in one memory, as safetensors asks: scales and code tables are shared."""
     seen, out = set(), {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
