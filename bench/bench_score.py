@@ -102,12 +102,23 @@ class Score(Race):
     grids = {
         "quick": [{"layers": 1, "P": 128, "C": 64, "G": 4}],
         "default": [{"layers": 2, "P": 256, "C": 128}],
-        "issue": [
+        # --against hf: with it come the parts one at a time, and how their factors multiply up.
+        "ablation": [{"layers": 24, "spread": 0.5}],
+        # --no-memory; a quarter of an hour on two quiet cores.
+        "full": [
             {"layers": 24, "P": p, "C": c, "G": g, "spread": spread}
             for p, c in ((128, 128), (512, 256))
             for g in (1, 4, 8, 16)
             for spread in (0.0, 0.5)
         ],
+    }
+
+    ladder = {
+        "HF float32": "HF float32",
+        "unpadded": "fastrl, prompts apart",
+        "shared prompt": "fastrl, all of the last layer",
+        "last layer": "fastrl float32",
+        "int8": "fastrl int8",
     }
 
     def variants(self, device):
@@ -116,7 +127,7 @@ class Score(Race):
         return {
             "fastrl int8": Variant(partial(part, scheme="int8")),
             "fastrl float32": Variant(part),
-            "fastrl, all of the last layer": Variant(partial(part, last_layer="all")),
+            "fastrl, all of the last layer": Variant(partial(part, last_layer="all"), slow=True),
             "fastrl, prompts apart": Variant(
                 partial(part, last_layer="all", share_prompts=False), slow=True
             ),
