@@ -105,7 +105,7 @@ class Score(Race):
         # --against hf: with it come the parts one at a time, and how their factors multiply up.
         "ablation": [{"layers": 24, "spread": 0.5}],
         # --no-memory; a quarter of an hour on two quiet cores.
-        "full": [
+        "issue": [
             {"layers": 24, "P": p, "C": c, "G": g, "spread": spread}
             for p, c in ((128, 128), (512, 256))
             for g in (1, 4, 8, 16)
