@@ -76,6 +76,7 @@ class Calibration:
     """Token states on their way through the float layers, and the largest input of each channel."""
 
     def __init__(self, batch: Batch, hidden: Tensor, angles: Angles):
+        self.tokens = len(batch.ids)
         self._layout, self._angles = batch.layout, angles
         self._state: tuple[Tensor, Tensor | None] = (hidden, None)
 
@@ -157,10 +158,7 @@ def layer_norms(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
         )
     if spec.qk_norm:
         sizes |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), spec.head_size)
-    return {
-        name: checkpoint.get(f"layers.{index}.{name}.weight", (size,)).float() + spec.norm_offset
-        for name, size in sizes.items()
-    }
+    return {name: checkpoint.norm(f"layers.{index}.{name}", size) for name, size in sizes.items()}
 
 
 def _smoothed(layer: Layer, inputs: Mapping[str, Tensor]) -> Layer:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastrl.kernels import pool_score
+from fastrl.kernels import QuantizedWeight, pool_score
 from fastrl.reward.backbone import Angles, Batch, Ends, Layer, Observe, Rotary, embed
 from fastrl.reward.build import (
     QUANTIZED,
@@ -22,6 +22,7 @@ from fastrl.reward.checkpoint import Checkpoint, RewardModelError
 from fastrl.reward.ensemble import combine
 from fastrl.reward.functions import RewardFunction
 from fastrl.reward.pairs import Pair, check_pair, encode, pack
+from fastrl.reward.saved import check_section, layer_tensors, save, saved_layers, section
 
 
 class QuantizedRewardModel:
@@ -41,7 +42,7 @@ class QuantizedRewardModel:
         self,
         checkpoint: Checkpoint,
         layers: Sequence[Layer],
-        scheme: str,
+        recorded: Mapping[str, Any],
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device = "cpu",
@@ -51,13 +52,14 @@ class QuantizedRewardModel:
             raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
         self.config, self.spec, self.source = checkpoint.config, checkpoint.spec, checkpoint.source
         self.layers = list(layers)
-        self.scheme = scheme
+        self.recorded = dict(recorded)  # scheme and settings, as `save_pretrained` writes them
+        self.scheme: str = self.recorded["scheme"]
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.batch_tokens = batch_tokens
         self._ends = Ends.read(checkpoint, self.device)
         # Of what lies between layers. float32 costs a CPU little, and the scores gain.
-        half = scheme == "bf16" or (self.device.type == "cuda" and scheme != "float32")
+        half = self.scheme == "bf16" or (self.device.type == "cuda" and self.scheme != "float32")
         self.dtype = torch.bfloat16 if half else torch.float32
         self._rotary = Rotary(checkpoint.config, self.device)
 
@@ -65,7 +67,7 @@ class QuantizedRewardModel:
     def from_pretrained(
         cls,
         source: str | Path | Checkpoint,
-        scheme: str = "int8",
+        scheme: str | None = None,
         *,
         skip: Sequence[str] = ("score",),
         keep_bf16: Sequence[str] = (),
@@ -77,7 +79,9 @@ class QuantizedRewardModel:
     ) -> "QuantizedRewardModel":
         """A local directory, hub id or `Checkpoint.of(model)`, quantized a layer at a time.
 
-        scheme is `int8`, `nf4`, `int4`, `fp8`, or `bf16` or `float32`, which quantize nothing. skip
+        A directory that `save_pretrained` wrote is taken as it is, and any setting that would
+        change it is an error. For others scheme is `int8` (the default), `nf4`, `int4`, `fp8`, or
+        `bf16` or `float32`, which quantize nothing. skip
         names linear layers that stay as they are stored, keep_bf16 those that are held in bf16, by
         patterns for runs of whole parts of their names: `layers.0`, `down_proj`, `layers.*.mlp`.
         smooth is calibration data, texts or token ids: outliers among the channels of activations
@@ -89,22 +93,30 @@ class QuantizedRewardModel:
         unknown backbone, tensors that are missing, misshapen, NaN or infinite; `ValueError` for an
         unknown scheme, patterns that match no layer, and options that do not fit.
         """
-        plan = Plan(scheme, tuple(skip), tuple(keep_bf16), options)
+        plan = Plan(scheme or "int8", tuple(skip), tuple(keep_bf16), options)
         plan.check()
-        if smooth is not None and scheme not in QUANTIZED:
+        if smooth is not None and plan.scheme not in QUANTIZED:
             raise ValueError(f"smooth has no use with scheme={scheme!r}: nothing is quantized")
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-        plan.check_patterns(checkpoint.spec.linears())
         tokenizer = tokenizer or checkpoint.tokenizer()
-        calibration = None
-        with torch.no_grad():
-            if smooth is not None:
-                calibration = calibrate(checkpoint, smooth, tokenizer)
-            layers = build_layers(checkpoint, plan, calibration, torch.device(device))
+        at = torch.device(device)
+        if checkpoint.saved is not None:
+            given = {"skip": plan.skip != ("score",), "keep_bf16": bool(keep_bf16)}
+            given |= {"smooth": smooth is not None, **dict.fromkeys(options, True)}
+            layers = saved_layers(checkpoint, check_section(checkpoint, scheme, given), at)
+            recorded = checkpoint.saved
+        else:
+            plan.check_patterns(checkpoint.spec.linears())
+            calibration = None
+            with torch.no_grad():
+                if smooth is not None:
+                    calibration = calibrate(checkpoint, smooth, tokenizer)
+                layers = build_layers(checkpoint, plan, calibration, at)
+            recorded = section(plan, None if calibration is None else calibration.tokens)
         return cls(
             checkpoint,
             layers,
-            scheme,
+            recorded,
             tokenizer=tokenizer,
             device=device,
             batch_tokens=batch_tokens,
@@ -132,16 +144,42 @@ class QuantizedRewardModel:
             checkpoint = Checkpoint(config, source, "the state dict")
         else:
             checkpoint = Checkpoint.open(source)
+        if checkpoint.saved is not None:
+            raise RewardModelError(
+                f"{checkpoint.source} was quantized by fastrl, not bitsandbytes; use "
+                "from_pretrained"
+            )
         layers = bitsandbytes_layers(checkpoint, torch.device(device))
-        schemes = {getattr(x.weight, "scheme", "") for y in layers for x in y.linears.values()}
+        weights = {f"layers.{y.index}.{n}": x.weight for y in layers for n, x in y.linears.items()}
+        schemes = {w.scheme for w in weights.values() if isinstance(w, QuantizedWeight)}
+        left = [n for n, w in weights.items() if not isinstance(w, QuantizedWeight)]
         return cls(
             checkpoint,
             layers,
-            "+".join(sorted(schemes - {""})),
+            section(Plan("+".join(sorted(schemes)), ("score", *left)), None),
             tokenizer=tokenizer or checkpoint.tokenizer(),
             device=device,
             batch_tokens=batch_tokens,
         )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a directory that `from_pretrained` and `fastrl score` read, to the same scores.
+
+        It holds the weights as they are held (`nbytes` and little else), Hugging Face's config.json
+        with scheme, skip, keep_bf16, options and smoothing in its section quantization_config, and
+        the tokenizer. It appears whole or not at all. Raises `ValueError` where something is there
+        already, `WriteError` where it cannot be written.
+        """
+        ends = self._ends
+        tensors = {
+            "model.embed_tokens.weight": ends.embedding,
+            "model.norm.weight": ends.norm,
+            "score.weight": ends.head,
+        }
+        for layer in self.layers:
+            tensors |= layer_tensors(layer)
+        folder = Path(path).expanduser().absolute()
+        save(folder, self.config, self.recorded, tensors, self.tokenizer)
 
     def fingerprint(self) -> str:
         """Of scheme and weights: the same for models that give the same scores."""

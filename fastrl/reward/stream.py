@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 def load_scorer(
     path: str,
-    scheme: str,
+    scheme: str | None,
     keep_bf16: Sequence[str],
     smooth: Path | None,
     device: str,

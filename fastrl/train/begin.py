@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastrl import models
+from fastrl.files import write_folder
 from fastrl.train import checkpoints, parallel
 from fastrl.train.algorithms import Context, stream_seed
 from fastrl.train.config import Config
@@ -42,7 +43,7 @@ def begin(setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path 
             def fill(path: Path) -> None:
                 checkpoints.save_weights(weights, path / "policy.safetensors")
 
-            parallel.first(lambda: checkpoints.write_folder(folder / f"begin-{name}", fill))
+            parallel.first(lambda: write_folder(folder / f"begin-{name}", fill))
     reference = earlier = None
     if isinstance(stage, Distillation) and stage.teacher is not None:
         teacher: nn.Module = models.load_model(stage.teacher)
@@ -165,4 +166,4 @@ def save_final(setup: Setup, name: str, network: nn.Module, run: Path) -> None:
             else:
                 models.save_pretrained(model, setup.tokenizer, path)
 
-        parallel.first(lambda: checkpoints.write_folder(folder, fill))
+        parallel.first(lambda: write_folder(folder, fill))

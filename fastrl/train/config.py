@@ -172,7 +172,7 @@ class Reward(Section):
         "", description="import path module:function, or reasoning_gym for the task's verifier"
     )
     model: str | None = Field(None, description="local Hugging Face directory or hub id")
-    scheme: Scheme = "int8"
+    scheme: Scheme | None = Field(None, description="default: int8, or what the model was saved in")
     keep_bf16: tuple[str, ...] = Field((), description="the model's linear layers left in bf16")
     ensemble: Ensemble | None = Field(
         None, description="how the heads of a model with several become one reward"
@@ -195,7 +195,7 @@ class Reward(Section):
     def _one_source(self):
         if bool(self.function) == (self.model is not None):
             raise ValueError("give either function or model")
-        if self.model is None and (self.scheme != "int8" or self.keep_bf16 or self.ensemble):
+        if self.model is None and (self.scheme or self.keep_bf16 or self.ensemble):
             raise ValueError("scheme, keep_bf16 and ensemble go with model")
         if self.variance_weight != 0.5 and self.ensemble != "uncertainty":
             raise ValueError("variance_weight goes with ensemble=uncertainty")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fastrl.files import write_whole
 from fastrl.train import checkpoints, parallel
 from fastrl.train.algorithms import STEPS, stream_seed
 from fastrl.train.begin import Work, add_scorers, begin, like_policy, save_final
@@ -33,8 +34,8 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
     (the policy in Hugging Face format) and final-NAME/ of each scoring model. Processes that
     torchrun started train together, and the first one writes; all have to see the folder. Raises
     `ConfigError`, `DataError`, `RewardError` or `ValueError` for settings that cannot work, before
-    the folder is made; `CheckpointError` for a folder that exists or a disk that is full;
-    `TrainingError` after three non-finite steps in a row.
+    the folder is made; `CheckpointError` for a folder that exists, `WriteError` for a disk that is
+    full; `TrainingError` after three non-finite steps in a row.
     """
     with parallel.processes():
         stamp = parallel.first(lambda: datetime.now().strftime("%Y%m%d-%H%M%S"))
@@ -197,7 +198,7 @@ def _save_skipped(
         "grad_norm": str(norm),
         "samples": samples,
     }
-    parallel.first(lambda: checkpoints.write_whole(path, json.dumps(report, indent=1).encode()))
+    parallel.first(lambda: write_whole(path, json.dumps(report, indent=1).encode()))
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         raise TrainingError(
             f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient and were not applied "

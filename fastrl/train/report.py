@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastrl.train.checkpoints import CheckpointError, open_run, write_whole
+from fastrl.files import write_whole
+from fastrl.train.checkpoints import CheckpointError, open_run
 from fastrl.train.recipe import dump_config
 from fastrl.train.tracking import read_jsonl
 

@@ -21,9 +21,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fastrl.files import write_whole
 from fastrl.train import config as cfg
 from fastrl.train import parallel
-from fastrl.train.checkpoints import CheckpointError, write_whole
+from fastrl.train.checkpoints import CheckpointError
 from fastrl.train.rewards import Scored
 
 SHOWN = ("loss", "nll", "reward", "eval/accuracy", "eval/nll", "completion_length")
