@@ -12,7 +12,7 @@ from fastrl.train import checkpoints, parallel
 from fastrl.train.algorithms import Context, stream_seed
 from fastrl.train.config import Config
 from fastrl.train.optimizer import Optimizer
-from fastrl.train.setup import Setup, add_scorer, load_policy, padding
+from fastrl.train.setup import Setup, add_likelihood, add_scorer, load_policy, padding
 from fastrl.train.stages import Distillation, Stage
 
 
@@ -78,8 +78,10 @@ def add_scorers(setup: Setup, stage: Stage) -> None:
         if network in setup.networks:
             continue
         seed = stream_seed(setup.config.seed, network)
-        if stage.has_head:
+        if stage.scorer_kind == "head":
             setup.networks[network] = models.ScoreHead(setup.policy, heads, seed)
+        elif stage.scorer_kind == "likelihood":
+            add_likelihood(setup, network)
         else:
             add_scorer(setup, network, heads, seed)
 
@@ -92,7 +94,11 @@ def _earlier(config: Config, name: str) -> str | None:
 
 def _needed_later(config: Config) -> set[str | None]:
     stages = config.stages.items()
-    read = {name for name, stage in stages if stage.has_head and not stage.trains_policy}
+    read = {
+        name
+        for name, stage in stages
+        if stage.scorer_kind != "separate" and not stage.trains_policy
+    }
     return read | {_earlier(config, name) for name in config.stages}
 
 
@@ -106,15 +112,17 @@ def _trainer(config: Config, network: str, before: str | None = None) -> str:
 def _scored_with(
     setup: Setup, folder: Path, name: str, reference: nn.Module | None
 ) -> nn.Module | None:
-    """The policy whose hidden states the head reads that a stage's rewards come from, if any.
+    """The policy that the scoring model reads that a stage's rewards come from, if it reads one.
 
     It is the reference, if there is one and no stage between the two has changed the policy.
     """
     stages = setup.config.stages
     source = stages[name].reward_from or "functions"
-    if not isinstance(setup.networks.get(source), models.ScoreHead):
+    if source == "functions":
         return None
     trainer, names = _trainer(setup.config, source, name), list(stages)
+    if stages[trainer].scorer_kind == "separate":
+        return None
     between = names[names.index(trainer) : names.index(name)]
     if reference is not None and not any(stages[n].trains_policy for n in between):
         return reference

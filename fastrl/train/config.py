@@ -16,7 +16,15 @@ from pydantic import (
 
 from fastrl.train.parallel import Parallel
 from fastrl.train.section import Section
-from fastrl.train.stages import ALGORITHMS, PRESETS, Ensemble, PolicyGradient, Scheme, Stage
+from fastrl.train.stages import (
+    ALGORITHMS,
+    PRESETS,
+    Ensemble,
+    PolicyGradient,
+    Scheme,
+    ScorerKind,
+    Stage,
+)
 
 
 class ConfigError(ValueError):
@@ -259,7 +267,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _stages_fit_together(self):
         dropout = self.model.lora is not None and self.model.lora.dropout > 0
-        trained: dict[str, tuple[int, bool]] = {}
+        trained: dict[str, tuple[int, ScorerKind]] = {}
         stage: Any
         for i, (name, stage) in enumerate(self.stages.items()):
             if dropout and isinstance(stage, PolicyGradient) and stage.updates_per_batch > 1:
@@ -277,7 +285,12 @@ class Config(Section):
                     f"stages.{name}.reward={source!r} is neither functions nor a scoring model "
                     f"that an earlier stage trains ({', '.join(sorted(trained)) or 'none does'})"
                 )
-            heads, _ = trained.get(source or "", (1, False))
+            heads, kind = trained.get(source or "", (1, stage.scorer_kind))
+            if kind == "likelihood" and getattr(stage, "scheme", None) is not None:
+                raise ValueError(
+                    f"stages.{name}.scheme={stage.scheme!r} has no effect on a likelihood, which "
+                    "has no quantized forward; leave it out"
+                )
             if heads == 1 and getattr(stage, "ensemble", "mean") != "mean":
                 raise ValueError(
                     f"stages.{name}.ensemble={stage.ensemble!r} has no effect: {source!r} has one "
@@ -289,8 +302,10 @@ class Config(Section):
                     f"{', '.join(list(self.stages)[: i + 1])}"
                 )
             for network, count in stage.scorers.items():
-                kind = (count, stage.has_head)
-                if trained.setdefault(network, kind) != kind:
+                if stage.scorer_kind == "likelihood" and count > 1:
+                    raise ValueError(f"stages.{name}.heads={count}: a likelihood has one; use 1")
+                made = (count, stage.scorer_kind)
+                if trained.setdefault(network, made) != made:
                     raise ValueError(
                         f"stages.{name} goes on with the scoring model {network!r} of an earlier "
                         "stage; its number of heads and its backbone must be the same there"

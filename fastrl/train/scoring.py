@@ -14,7 +14,7 @@ from fastrl.models.head import unwrap
 from fastrl.reward import Checkpoint, QuantizedRewardModel
 from fastrl.reward.pairs import Pair
 from fastrl.train import parallel
-from fastrl.train.batches import Batch
+from fastrl.train.batches import Batch, frozen
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,30 @@ def _checkpoint(model: Any, head: ScoreHead | None) -> Checkpoint:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    """Log p - log policy of a language model p, whose tokens' or whole ratio is the score.
+
+    The policy is at the temperature that it samples with: its density is then that of the samples.
+    No gradient reaches it.
+    """
+
+    model: nn.Module
+    policy: nn.Module
+    temperature: float
+    shared_prefix: bool
+
+    def heads(self, batch: Batch, level: Level = "sequence") -> Tensor:
+        """`Scorer.heads` of the one head that it is, at the levels "sequence" and "token"."""
+        assert level != "state", level
+        shared = self.shared_prefix
+        with frozen(self.policy):
+            before = batch.logprobs(self.policy, self.temperature, shared_prefix=shared).logprob
+        after = batch.logprobs(self.model, shared_prefix=shared).logprob
+        ratios = torch.where(batch.completion_mask, after - before, 0.0)
+        return (ratios if level == "token" else ratios.sum(-1)).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
 class QuantizedScorer:
     """A quantized copy of a scorer, which computes each prompt once. It has no gradients."""
 
@@ -92,7 +116,7 @@ def mean(scores: Tensor) -> Tensor:
 
 
 def frozen_scores(
-    scorer: Scorer | QuantizedScorer,
+    scorer: Scorer | Likelihood | QuantizedScorer,
     batch: Batch,
     size: int,
     level: Level = "sequence",

@@ -1,5 +1,6 @@
 """Everything that a recipe names, loaded and checked before any work is done."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def prepare(config: Config) -> Setup:
     model, device = load_policy(config, tokenizer)
     stage: Any
     for name, stage in config.stages.items():
-        for network in () if stage.has_head else stage.scorers:
+        for network in stage.scorers if stage.scorer_kind == "separate" else ():
             check_scorer(model, network)
         if getattr(stage, "scheme", None) is not None:
             check_scheme(model, f"stages.{name}.scheme={stage.scheme!r}")
@@ -119,6 +120,14 @@ def add_scorer(setup: Setup, name: str, heads: int, seed: int) -> None:
     if config.gradient_checkpointing:
         scorer.gradient_checkpointing_enable({"use_reentrant": False})
     setup.networks[name] = parallel.distribute(scorer.train(), setup.config.parallel)
+
+
+def add_likelihood(setup: Setup, name: str) -> None:
+    """A language model that is the policy as it is, and trains like it."""
+    setup.policy.zero_grad()  # gradients would be copied along
+    with parallel.whole(setup.policy) as policy:
+        model = copy.deepcopy(policy)
+    setup.networks[name] = parallel.distribute(model.train(), setup.config.parallel)
 
 
 def padding(setup: Setup) -> int:

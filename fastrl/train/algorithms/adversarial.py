@@ -30,6 +30,7 @@ def adversarial(context: Context, index: int) -> Iterator[Update]:
     paired = stage.prompts == "demonstrations"
     source = setup.demonstrations if paired else None
     batch, examples, scored, metrics = sample_batch(context, index, source)
+    warming = index < stage.discriminator_warmup
     for update in range(stage.discriminator_updates):
         chosen = examples[:: stage.group_size]
         if not paired:
@@ -40,9 +41,12 @@ def adversarial(context: Context, index: int) -> Iterator[Update]:
                 "demonstrations",
             )
         demonstrations = context.demonstrations(chosen, "dapo")
-        yield discrimination(
+        step = discrimination(
             context, "discriminator", demonstrations, batch, stage.level, "discriminator/"
         )
+        yield replace(step, metrics=metrics, scored=scored) if warming else step
+    if warming:
+        return
     logits = context.learned_rewards("discriminator", batch, stage.level)
     rewards = losses.imitation_rewards(logits, stage.reward, max_logit=stage.max_logit)
     mask = batch.completion_mask

@@ -17,7 +17,7 @@ from fastrl.train import parallel
 from fastrl.train.batches import Batch, pad_batch
 from fastrl.train.data import Example, batch_indices
 from fastrl.train.rewards import Scored
-from fastrl.train.scoring import QuantizedScorer, Scorer, frozen_scores
+from fastrl.train.scoring import Likelihood, QuantizedScorer, Scorer, frozen_scores
 from fastrl.train.setup import SHARED, Setup
 
 
@@ -48,14 +48,22 @@ class Context:
         """Whether this stage learns from groups whose prompt is computed once."""
         return self.setup.shared_prefix and isinstance(self.stage, SHARED)
 
-    def scorer(self, name: str) -> Scorer:
-        """A scoring model as it is trained; a head reads the policy, or what it was trained on."""
-        network = self.setup.networks[name]
-        if not isinstance(network, ScoreHead):
-            return Scorer(network, None, self.setup.shared_prefix)
-        model = self.policy if name in self.stage.scorers else self.scored_with
-        assert model is not None
-        return Scorer(model, network, self.setup.shared_prefix)
+    def scorer(self, name: str) -> Scorer | Likelihood:
+        """A scoring model as it is trained.
+
+        A head or a likelihood reads the policy, or the one that it was trained with.
+        """
+        network, shared = self.setup.networks[name], self.setup.shared_prefix
+        stages = self.setup.config.stages.values()
+        trainer: Any = next(stage for stage in stages if name in stage.scorers)
+        if trainer.scorer_kind == "separate":
+            return Scorer(network, None, shared)
+        policy = self.policy if name in self.stage.scorers else self.scored_with
+        assert policy is not None
+        if trainer.scorer_kind == "likelihood":
+            return Likelihood(network, policy, getattr(trainer, "temperature", 1.0), shared)
+        assert isinstance(network, ScoreHead)
+        return Scorer(policy, network, shared)
 
     def learned_rewards(self, name: str, batch: Batch, level: Level = "sequence") -> Tensor:
         """What a scoring model gives, `[B]` or `[B, T]`, in the stage's scheme if it has one.
@@ -64,8 +72,9 @@ class Context:
         """
         stage = self.stage
         trained = self.scorer(name)
-        scorer: Scorer | QuantizedScorer = trained
+        scorer: Scorer | Likelihood | QuantizedScorer = trained
         if stage.scheme is not None:
+            assert isinstance(trained, Scorer)
             if name in stage.scorers:
                 self.quantized.clear()  # before there are two
             if name not in self.quantized:

@@ -50,7 +50,7 @@ def ppo(context: Context, index: int) -> Iterator[Update]:
     if index < stage.critic_warmup:
         for _ in range(stage.updates_per_batch):
             yield replace(critic_update, metrics=metrics, scored=scored)
-    elif stage.has_head:
+    elif stage.critic == "head":
         yield from policy_updates(
             context, batch, metrics, scored, lambda part: joint_loss(context, part)
         )

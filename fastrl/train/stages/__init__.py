@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from fastrl.train.stages.base import Ensemble, Optimizer, Rewarded, Sampled, Scheme, Stage
+from fastrl.train.stages.base import (
+    Ensemble,
+    Optimizer,
+    Rewarded,
+    Sampled,
+    Scheme,
+    ScorerKind,
+    Stage,
+)
 from fastrl.train.stages.imitation import SFT, SPIN, Adversarial, AfD, Distillation, IQLearn
 from fastrl.train.stages.policy import GRPO, PPO, RAFT, PolicyGradient
 from fastrl.train.stages.preference import Preference, Reward
@@ -68,5 +76,6 @@ __all__ = [
     "Rewarded",
     "Sampled",
     "Scheme",
+    "ScorerKind",
     "Stage",
 ]

@@ -10,7 +10,7 @@ from fastrl.train.section import Section
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scheme = Literal["int8", "nf4", "int4", "fp8", "bf16", "float32"]
 Ensemble = Literal["mean", "worst_case", "uncertainty"]
-ScorerKind = Literal["separate", "head"]
+ScorerKind = Literal["separate", "head", "likelihood"]
 
 SCHEME = (
     "score samples by the forward of fastrl.reward.QuantizedRewardModel, quantized so: once where "
@@ -18,8 +18,10 @@ SCHEME = (
     "forward that it is trained with"
 )
 REWARD_MODEL = (
-    "a model of its own, or a head alone, on the hidden states of the policy as the stage found "
-    "it: they are not trained, and later stages score with that policy, however theirs changes"
+    "a model of its own; or a head alone, on the hidden states of the policy as the stage found "
+    "it: they are not trained, and later stages score with that policy, however theirs changes; or "
+    "the log ratio of a language model, a copy of that policy to begin with, to that policy: the "
+    "implicit reward (2305.18290), which learns from far fewer examples"
 )
 
 
@@ -60,9 +62,9 @@ class Stage(Section):
         return {}
 
     @property
-    def has_head(self) -> bool:
-        """Whether its scoring model is a head on the policy's hidden states."""
-        return False
+    def scorer_kind(self) -> ScorerKind:
+        """What its scoring model is; a head and a likelihood read the policy as well."""
+        return "separate"
 
     @property
     def crowd(self) -> bool:

@@ -61,8 +61,8 @@ class AfD(Sampled):
         return {self.network: self.heads}
 
     @property
-    def has_head(self) -> bool:
-        return self.reward_model == "head"
+    def scorer_kind(self) -> ScorerKind:
+        return self.reward_model
 
     @property
     def needs_earlier(self) -> bool:
@@ -87,11 +87,19 @@ class Adversarial(GRPO):
     demonstrations_per_step: int = Field(64, ge=1, description="with prompts=all")
     discriminator: ScorerKind = Field(
         "separate",
-        description="a model of its own, or a head alone, on the hidden states of the policy as it "
+        description="a model of its own; or a head alone, on the hidden states of the policy as it "
         "is: less memory and time, but these are not trained to tell the two apart, and move with "
-        "each step of the policy, which the head has to follow",
+        "each step of the policy, which the head has to follow; or log p - log policy of a "
+        "language model p, a copy of the policy to begin with: AIRL's f - log policy, which "
+        "learns from far fewer demonstrations",
     )
     discriminator_updates: int = Field(1, ge=1)
+    discriminator_warmup: int = Field(
+        0,
+        ge=0,
+        description="steps before the policy begins to learn; an untrained discriminator's rewards "
+        "lead it astray",
+    )
     discriminator_optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
     max_logit: float = Field(20.0, gt=0)
     demonstrations: ClassVar[bool] = True
@@ -101,8 +109,8 @@ class Adversarial(GRPO):
         return {"discriminator": 1}
 
     @property
-    def has_head(self) -> bool:
-        return self.discriminator == "head"
+    def scorer_kind(self) -> ScorerKind:
+        return self.discriminator
 
     @property
     def reward_from(self) -> str | None:

@@ -116,7 +116,7 @@ class PPO(PolicyGradient):
     kl_estimator: KLEstimator = "k1"
     value_clip: float | None = Field(0.2, gt=0)
     normalize_advantages: bool = True
-    critic: ScorerKind = Field(
+    critic: Literal["separate", "head"] = Field(
         "separate", description="a model of its own, or a head on the policy's hidden states"
     )
     value_coef: float = Field(0.1, gt=0, description="of the value loss, with critic=head")
@@ -133,8 +133,8 @@ class PPO(PolicyGradient):
         return {"critic": 1}
 
     @property
-    def has_head(self) -> bool:
-        return self.critic == "head"
+    def scorer_kind(self) -> ScorerKind:
+        return self.critic
 
 
 class RAFT(Rewarded):

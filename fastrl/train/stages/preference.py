@@ -33,8 +33,8 @@ class Reward(Stage):
         return {self.network: self.heads}
 
     @property
-    def has_head(self) -> bool:
-        return self.reward_model == "head"
+    def scorer_kind(self) -> ScorerKind:
+        return self.reward_model
 
 
 class Preference(Stage):
