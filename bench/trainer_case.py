@@ -15,6 +15,7 @@ from fastrl import train
 from fastrl.bench import naive
 from fastrl.models import completion_logprobs
 from fastrl.train import loop
+from fastrl.train.begin import begin
 
 FIRST = 0x20000  # code points from here on are letters of a language with as many as are wanted
 LR = 1e-5  # small: the lengths of rollouts stay what they are
@@ -102,7 +103,7 @@ class Case:
         self.setup.policy.save_pretrained(self.folder / "model")
         name = self.algorithm
         settings = self.setup.config.stages[name]
-        self.work = loop._begin(self.setup, settings, name, self.folder, None)
+        self.work = begin(self.setup, settings, name, self.folder, None)
         self.weights = {
             name: {k: v.clone() for k, v in network.state_dict().items()}
             for name, network in self.setup.networks.items()

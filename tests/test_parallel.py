@@ -39,7 +39,7 @@ SETTINGS = {
     "ppo": {"prompts_per_step": 5, "kl_coef": 0.1, "critic_optimizer": OPTIMIZER},
     "gail": {"prompts": "all", "demonstrations_per_step": 7},
     "airl": {"level": "token"},
-    "fairl": {},
+    "fairl": {"discriminator": "likelihood"},
     "spin": {"batch_size": 5},
     "distillation": {"prompts_per_step": 5},
     "raft": {"prompts_per_step": 3, "group_size": 4},
