@@ -9,7 +9,7 @@ EDITABLE := PYTHONWARNINGS="ignore:Editable installation" \
   $(BIN)/pip install --quiet --constraint constraints.txt --editable
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test test-slow lint bench tables docs clean
+.PHONY: train test test-slow lint bench tables docs notebooks wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
@@ -38,6 +38,19 @@ tables: $(VENV)/.installed
 # The pages of docs/ as a site in build/docs; a broken link is an error.
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --quiet
+
+# Run the pages that are notebooks again and keep what they show. On a quiet machine: they show times.
+notebooks: $(VENV)/.installed-docs
+	$(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False \
+	  docs/*.ipynb
+
+# A wheel in dist/, tagged with the Linuxes that it runs on; with CUDA's major in its version where
+# nvcc built kernels, which FASTRL_CUDA=off prevents.
+wheel: $(VENV)/.installed-dev
+	rm -rf build/wheel
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
+	$(BIN)/python tests/wheel_links.py build/wheel/fastrl-*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat auto -w dist build/wheel/*.whl
 
 # torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)

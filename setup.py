@@ -1,6 +1,8 @@
-"""What pyproject.toml cannot say: a folder per op family, and a build_ext that only calls CMake."""
+"""What pyproject.toml cannot say: a folder per op family, a build_ext that only calls CMake, and a
+version that tells which CUDA a wheel is built for."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 # One by one: mapping the whole folder would put a top-level package `kernels` on users' machines,
@@ -33,6 +36,30 @@ def compiler() -> str | None:
 def tool(name: str) -> str | None:
     """A build tool from PATH, or from this environment where it is not activated."""
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler to build with, or None where no CUDA kernels are built."""
+    if choice("FASTRL_CUDA") == "off" or choice("FASTRL_NATIVE") == "off" or compiler() is None:
+        return None
+    named = shutil.which(os.environ.get("CUDACXX", ""))
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = (shutil.which("nvcc", path=f"{home}/bin") for home in homes if home)
+    return named or next(filter(None, found), None) or shutil.which("nvcc")
+
+
+class CudaVersion(egg_info):
+    """Appends the CUDA major of the build to the version, as in 0.1.0+cu13; an sdist has none."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = ""
+        if "sdist" not in sys.argv and (path := nvcc()) is not None:
+            done = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+            release = re.search(r"release (\d+)\.", done.stdout)
+            if release is None:
+                raise SystemExit(f"{path} --version names no release: {done.stdout!r}")
+            self.tag_build = f"+cu{release[1]}"
+        super().finalize_options()
 
 
 class CMakeBuild(build_ext):
@@ -83,6 +110,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
+        if (cuda := nvcc()) is not None:
+            configure.append(f"-DFASTRL_NVCC={cuda}")
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
@@ -103,5 +132,5 @@ setup(
     package_data={"fastrl": ["py.typed", "recipes/*.yaml"]},
     include_package_data=False,
     ext_modules=[Extension("fastrl._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "egg_info": CudaVersion},
 )

@@ -4,6 +4,7 @@ python -m fastrl.bench.bench_attention_gpu [--json FILE]   variants interleaved 
                                                            compared with float64 before timing
 python -m fastrl.bench.bench_attention_gpu --tiles [...]   sizes of the training kernels' tiles
 
+"flash" is flash-attn's kernels, or PyTorch's where that is not installed, over the shared prompt.
 "replicated" gives each completion a copy of its prompt: for training torch's flash attention over
 the G padded rows, for a decode step torch's attention over each row's own keys and values. A group
 is bench_attention.py's. Rollouts are of a model of the shape of Qwen2.5-0.5B with random weights,
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,11 +49,14 @@ SHAPES = [
 ]
 
 
-def triton(case):
+def ours(impl, case):
     def function(q, k, v):
-        return shared_prefix_attention(q, k, v, case.layout, impl="triton")
+        return shared_prefix_attention(q, k, v, case.layout, impl=impl)
 
     return case.inputs, function, lambda x: x
+
+
+triton = partial(ours, "triton")
 
 
 # Queries, keys, warps, stages of each kernel; those that do not fit are said to.
@@ -66,7 +71,7 @@ TILES = {
     "queries": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)],
     "keys": [(64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3), (128, 64, 8, 2)],
 }
-VARIANTS = {"triton": triton, "replicated": replicated}
+VARIANTS = {"triton": triton, "flash": partial(ours, "flash"), "replicated": replicated}
 
 
 def check(name):
@@ -116,7 +121,11 @@ def forward_and_backward(variant, case):
 
 def train(shape, rounds):
     case = RACE.draw(shape, CUDA)
-    calls = {name: forward_and_backward(variant, case) for name, variant in VARIANTS.items()}
+    calls = {
+        name: forward_and_backward(variant, case)
+        for name, variant in VARIANTS.items()
+        if name != "flash" or shape["dtype"] != "float32"
+    }
     work = RACE.work(shape, FORWARD).operations
     print(f"train {shape}: {work / 1e9:.1f} GFLOP forward")
     found = medians(calls, rounds)

@@ -1,21 +1,26 @@
 """Does the ranking survive quantization? Kendall tau and the rest, against float32.
 
-python -m fastrl.bench.train_reward_model runs/reward-model       once
-python -m fastrl.bench.bench_fidelity runs/reward-model [--json FILE]
+fastrl train reward_model --out runs/reward-model               once
+python -m fastrl.bench.bench_fidelity runs/reward-model [--json FOLDER]
 
-Prints a row for each scheme, plain and with what `fastrl` can do about it: `smooth` (calibrated on
-half of the held-out pairs, which are then not judged) and the layers that the report of the plain
-model proposes to keep in bf16.
+The model is what the run's stage `reward` trained, the groups are the run's held-out rankings, by
+the task's verifier. Prints a row for each scheme, plain and with what `fastrl` can do about it:
+`smooth` (calibrated on half of the groups, which are then not judged) and the layers that the
+report of the plain model proposes to keep in bf16; and for each the share of pairs that it ranks as
+the verifier does.
 """
 
 import argparse
-import json
+from itertools import combinations
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fastrl.models import load_tokenizer
 from fastrl.reward import QuantizedRewardModel, fidelity_report
+from fastrl.train import load_recipe
+from fastrl.train.data import load_examples
 
 SCHEMES = {
     "bf16": {},
@@ -28,19 +33,33 @@ SCHEMES = {
 }
 
 
+def held_out(run: Path) -> list[dict]:
+    """The held-out rankings of a run, best first, as token ids with the end that it trained on."""
+    config = load_recipe(str(run / "config.yaml"))
+    _, examples = load_examples(config, load_tokenizer(str(run / "final-reward")))
+    return [{"prompt": e.prompt_ids, "completions": e.ranked_ids} for e in examples]
+
+
+def right(model: QuantizedRewardModel, groups: list[dict]) -> float:
+    """The share of pairs that a model ranks as the verifier does."""
+    scores = [model.score([g["prompt"]] * len(g["completions"]), g["completions"]) for g in groups]
+    pairs = [a > b for row in scores for a, b in combinations(row.tolist(), 2)]
+    return sum(pairs) / len(pairs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="what train_reward_model.py made")
+    parser.add_argument("run", type=Path, help="the folder of a run of a recipe like reward_model")
     parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--groups", type=int, help="judge only this many")
     parser.add_argument("--json", type=Path, help="where to write the reports")
     options = parser.parse_args()
-    lines = (options.model / "held_out.jsonl").read_text().splitlines()
-    groups = [json.loads(line) for line in lines]
+    groups = held_out(options.run)
+    model_path = options.run / "final-reward"
     half = len(groups) // 2
     texts = [g["prompt"] + c for g in groups[:half] for c in g["completions"]]
     judged = groups[half:][: options.groups]
-    reference = QuantizedRewardModel.from_pretrained(options.model, "float32")
+    reference = QuantizedRewardModel.from_pretrained(model_path, "float32")
     table = Table(
         title=f"against float32, {len(judged)} prompts of {len(judged[0]['completions'])}"
     )
@@ -52,6 +71,7 @@ def main():
         "best of 8",
         "cosine",
         "noise/spread",
+        "as verified",
         "MB",
     ):
         table.add_column(column)
@@ -59,15 +79,17 @@ def main():
 
     def judge(name, setting, **arguments):
         scheme = arguments.pop("scheme", name)
-        model = QuantizedRewardModel.from_pretrained(options.model, scheme, **arguments)
+        model = QuantizedRewardModel.from_pretrained(model_path, scheme, **arguments)
         report = fidelity_report(model, reference, judged)
         reports[f"{name} {setting}".strip()] = report
         figures = f"{report.kendall:.4f}", f"{report.spearman:.4f}", f"{report.best_of[8]:.1%}"
         more = f"{report.advantage_cosine:.5f}", f"{report.noise_to_spread:.4f}"
+        more += (f"{right(model, judged):.1%}",)
         table.add_row(name, setting, *figures, *more, f"{model.nbytes / 2**20:.2f}")
         print(name, setting, *figures, *more, flush=True)
         return report
 
+    print(f"float32 ranks {right(reference, judged):.1%} of pairs as the verifier does", flush=True)
     for name in options.schemes:
         given = SCHEMES[name]
         plain = judge(name, "", **given)

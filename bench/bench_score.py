@@ -102,6 +102,9 @@ class Score(Race):
     grids = {
         "quick": [{"layers": 1, "P": 128, "C": 64, "G": 4}],
         "default": [{"layers": 2, "P": 256, "C": 128}],
+        # --against hf: with it come the parts one at a time, and how their factors multiply up.
+        "ablation": [{"layers": 24, "spread": 0.5}],
+        # --no-memory; a quarter of an hour on two quiet cores.
         "issue": [
             {"layers": 24, "P": p, "C": c, "G": g, "spread": spread}
             for p, c in ((128, 128), (512, 256))
@@ -110,13 +113,21 @@ class Score(Race):
         ],
     }
 
+    ladder = {
+        "HF float32": "HF float32",
+        "unpadded": "fastrl, prompts apart",
+        "shared prompt": "fastrl, all of the last layer",
+        "last layer": "fastrl float32",
+        "int8": "fastrl int8",
+    }
+
     def variants(self, device):
         if device.type != "cpu":
             raise ValueError("score races on a CPU")
         return {
             "fastrl int8": Variant(partial(part, scheme="int8")),
             "fastrl float32": Variant(part),
-            "fastrl, all of the last layer": Variant(partial(part, last_layer="all")),
+            "fastrl, all of the last layer": Variant(partial(part, last_layer="all"), slow=True),
             "fastrl, prompts apart": Variant(
                 partial(part, last_layer="all", share_prompts=False), slow=True
             ),

@@ -1,206 +1,131 @@
-"""One GRPO step of this trainer against TRL's GRPOTrainer: same model, data and settings.
+"""A step of PPO, GRPO, DPO and GAIL: this trainer, the same in naive PyTorch, and TRL's trainers.
 
-Qwen3 of 0.8M parameters, a group of G completions of up to `tokens` tokens for each prompt,
-float32. TRL's trainer waits in a thread inside its own loop and is let go for a step at a time. The
-two are comparable where the loss of a fixed batch agrees to 1e-5: that is the gate.
+The same random Qwen3 in float32, data and settings for all (trainer_case.py). PPO has a critic and
+a reference of its own and takes two updates of each batch, GAIL a discriminator. DPO learns from
+prompts * G / 2 pairs, so that all have as many rows. Rollouts end where the end is drawn, up to
+`tokens`. Two trainers are comparable where their losses of a fixed batch agree: that is the gate.
 """
 
-import atexit
-import tempfile
-import threading
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from fastrl import losses, train
-from fastrl.bench.bench_rollout import TINY, weights
+from fastrl import losses
+from fastrl.bench import naive, trl_steps
 from fastrl.bench.race import Race, Variant, Work, within
-from fastrl.models import completion_logprobs, load_model
+from fastrl.bench.trainer_case import HEAD, UPDATES, Case
 from fastrl.train import loop
-from fastrl.train.algorithms import Context
+from fastrl.train.algorithms.adversarial import discrimination
+from fastrl.train.algorithms.policy import policy_loss
+from fastrl.train.algorithms.ppo import critic_loss
+from fastrl.train.algorithms.preference import preference_loss, reference_logprobs
+from fastrl.train.algorithms.ranking import rankings
+from fastrl.train.batches import Batch
 from fastrl.train.checkpoints import Progress
-from fastrl.train.optimizer import Optimizer
 
 STEP = "step"
-PROMPT = 9  # characters of a sum, about
-RECIPE = {
-    "name": "bench",
-    "model": {
-        "alphabet": "0123456789+-= ",
-        "architecture": {"hidden_size": 128, "num_layers": 4, "intermediate_size": 384},
-    },
-    "data": {
-        "reasoning_gym": {
-            "task": "chain_sum",
-            "options": {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2},
-            "prompt": "{expression}=",
-            "size": 512,
-            "eval_size": 0,
-        }
-    },
-    "rewards": [{"function": "fastrl.bench.bench_trainer:digits"}],
+# Passes over the rows: with the lm-head (rollouts and log-probs; three for training) and without.
+PASSES = {
+    "grpo": (1 + 3, 0),
+    "ppo": (1 + 2 + 3 * UPDATES, 1 + 3 * UPDATES),
+    "dpo": (1 + 3, 0),
+    "gail": (1 + 3, 1 + 3),
 }
-
-
-def digits(prompts, completions, **_):
-    """A reward that differs within every group, so that no row of the batch is idle."""
-    return [c.count("3") + 0.1 * c.count("7") + 0.01 * len(c) for c in completions]
-
-
-class Case:
-    """What both trainers start from; the folder goes with the process."""
-
-    def __init__(self, shape):
-        rows = shape["prompts"] * shape["G"]
-        stage = {
-            "steps": 1000,
-            "prompts_per_step": shape["prompts"],
-            "group_size": shape["G"],
-            "micro_batch_size": rows,
-            "eval_every": 1000,
-            "optimizer": {"lr": 1e-4},
-        }
-        sizes = {"max_completion_length": shape["tokens"], "stages": {"grpo": stage}}
-        torch.manual_seed(0)
-        self.setup = loop.prepare(train.parse_config(RECIPE | sizes))
-        self.rows, self.group, self.tokens = rows, shape["G"], shape["tokens"]
-        folder = tempfile.TemporaryDirectory(prefix="fastrl-bench-")
-        atexit.register(folder.cleanup)
-        self.folder = Path(folder.name)
-        self.setup.policy.save_pretrained(self.folder / "model")
-        self.steppers = {}
-
-    def stepper(self, kind):
-        if kind not in self.steppers:
-            self.steppers[kind] = kind(self)
-        return self.steppers[kind]
 
 
 class Ours:
     def __init__(self, case):
-        self.setup, self.folder = case.setup, case.folder
-        self.stage = case.setup.config.stages["grpo"]
-        optimizer = Optimizer(case.setup.policy, self.stage.optimizer, self.stage.steps)
-        self.work = loop.Work(Context(case.setup, self.stage, seed=0), {"policy": optimizer})
-        self.progress = Progress(stage="grpo")
+        self.case, self.work = case, case.work
+        self.networks = case.setup.networks
+        self.progress = Progress(stage=case.algorithm)
 
     def log(self, *_):
         """Takes the place of the tracker."""
 
     def step(self):
-        self.progress = loop._step(self.work, self.progress, self, self.folder)
+        self.progress = loop._step(self.work, self.progress, self, self.case.folder)
 
-    def loss(self, batch):
-        weights = losses.token_weights(batch["mask"], "dapo")
-        given = (batch["logprobs"], batch["old"], batch["advantages"], batch["mask"], weights)
-        return losses.policy_loss(*given)[0].item()
+    def losses(self, fixed):
+        context, algorithm = self.work.context, self.case.algorithm
+        if algorithm == "dpo":
+            pairs = rankings(context, fixed.examples)
+            pairs = replace(pairs, ref_logprobs=reference_logprobs(context, pairs))
+            return {"preference": preference_loss(context, pairs, None)[0]}
+        weights = context.token_weights(fixed.mask, context.stage.reduction)
+        batch = Batch(
+            fixed.prompts,
+            fixed.ids,
+            fixed.mask,
+            weights,
+            sampler_logprobs=fixed.old,
+            old_logprobs=fixed.old,
+            ref_logprobs=fixed.ref if algorithm == "ppo" else None,
+        )
+        found = {}
+        if algorithm == "ppo":
+            per_token = losses.token_rewards(
+                fixed.rewards, fixed.old, fixed.ref, fixed.mask, kl_coef=context.stage.kl_coef
+            )
+            advantages, returns = losses.gae_advantages(per_token, fixed.values, fixed.mask)
+            batch = replace(batch, returns=returns, old_values=fixed.values)
+            found["value"] = critic_loss(context, batch)[0]
+        elif algorithm == "gail":
+            discriminator = self.networks["discriminator"]
+            demonstrations = context.demonstrations(fixed.examples, "dapo")
+            name = "discriminator"
+            update = discrimination(name, discriminator, demonstrations, batch, "sequence")
+            found[name] = update.loss(update.batch)[0]
+            logits = batch.scores(discriminator)
+            rewards = losses.imitation_rewards(logits, context.stage.reward)
+            advantages = losses.grpo_advantages(rewards, self.case.group)
+        else:
+            advantages = losses.grpo_advantages(fixed.rewards, self.case.group)
+        batch = replace(batch, advantages=advantages)
+        return found | {"policy": policy_loss(context, batch, None)[0]}
+
+
+class Naive:
+    def __new__(cls, case):
+        return naive.ALGORITHMS[case.algorithm](case)
 
 
 class Theirs:
-    def __init__(self, case):
-        import trl
-        from datasets import Dataset
-        from transformers import TrainerCallback
-
-        args = trl.GRPOConfig(
-            output_dir=str(case.folder),
-            max_steps=10**6,
-            num_generations=case.group,
-            per_device_train_batch_size=case.rows,
-            max_completion_length=case.tokens,
-            learning_rate=1e-4,
-            beta=0.0,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        self.trainer = trl.GRPOTrainer(
-            load_model(str(case.folder / "model")),
-            reward_funcs=lambda prompts, completions, **_: digits(prompts, completions),
-            args=args,
-            train_dataset=Dataset.from_list([{"prompt": e.prompt} for e in case.setup.train]),
-            processing_class=case.setup.tokenizer,
-        )
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.running: threading.Thread | None = None
-        self.error: BaseException | None = None
-        stepper = self
-
-        class Turns(TrainerCallback):
-            # The rollouts of step n + 1 are made before its on_step_begin, so a step lasts from
-            # end to end.
-            def on_step_end(self, *_, **__):
-                stepper.done.release()
-                stepper.go.acquire()
-
-        self.trainer.add_callback(Turns())
-
-    def _run(self):
-        try:
-            self.go.acquire()
-            self.trainer.train()
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.done.release()
-
-    def step(self):
-        if self.running is None:
-            self.running = threading.Thread(target=self._run, daemon=True)
-            self.running.start()
-        self.go.release()
-        self.done.acquire()
-        if self.error is not None:
-            raise self.error
-
-    def loss(self, batch):
-        self.trainer.current_gradient_accumulation_steps = 1
-        inputs = {
-            "prompt_ids": batch["prompts"],
-            "prompt_mask": torch.ones_like(batch["prompts"]),
-            "completion_ids": batch["ids"],
-            "completion_mask": batch["mask"].long(),
-            "advantages": batch["advantages"],
-            "old_per_token_logps": batch["old"],
-            "num_items_in_batch": batch["mask"].sum(),
-        }
-        return self.trainer._compute_loss(self.trainer.model, inputs).item()
-
-
-def fixed_batch(case):
-    """Random tokens and advantages, and log-probs of the model that both start from."""
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 17, (case.rows, case.tokens), generator=g)
-    lengths = torch.randint(1, case.tokens + 1, (case.rows, 1), generator=g)
-    mask = torch.arange(case.tokens) < lengths
-    prompts = torch.randint(3, 17, (case.rows, PROMPT), generator=g)
-    model = load_model(str(case.folder / "model"))
-    with torch.no_grad():
-        logprobs = completion_logprobs(model, prompts.tolist(), ids, mask).logprob
-    return {
-        "prompts": prompts,
-        "ids": ids,
-        "mask": mask,
-        "advantages": torch.randn(case.rows, generator=g),
-        "logprobs": logprobs,
-        "old": logprobs + 0.1 * torch.randn(logprobs.shape, generator=g),
-    }
+    def __new__(cls, case):
+        if case.algorithm not in trl_steps.ALGORITHMS:
+            raise NotImplementedError(f"only {', '.join(trl_steps.ALGORITHMS)} of TRL are raced")
+        return trl_steps.ALGORITHMS[case.algorithm](case)
 
 
 class Trainer(Race):
     op = "trainer"
-    about = "a GRPO step: rollouts, rewards, forward, backward, update"
+    about = "a training step: rollouts, rewards, forwards, backwards, updates"
     modes = (STEP,)
-    defaults = {"prompts": 16, "G": 8, "tokens": 32}
-    grids = {"quick": [{"prompts": 4, "tokens": 8}], "default": [{}]}
+    defaults = {
+        "algorithm": "grpo",
+        "H": 128,
+        "layers": 4,
+        "V": 17,
+        "prompts": 16,
+        "P": 9,
+        "G": 8,
+        "tokens": 32,
+    }
+    grids = {
+        "quick": [{"prompts": 4, "tokens": 8}],
+        "default": [
+            {"algorithm": algorithm} | size
+            for size in ({}, {"H": 384, "V": 32000, "prompts": 4, "P": 64})
+            for algorithm in PASSES
+        ],
+        "large": [
+            {"algorithm": algorithm, "H": 384, "V": 151936, "prompts": 4, "P": 64}
+            for algorithm in PASSES
+        ],
+    }
 
     def variants(self, device):
-        theirs = {"TRL GRPOTrainer": Variant(Theirs, "trl")} if device.type == "cpu" else {}
-        return {"fastrl": Variant(Ours), **theirs}
+        theirs = {"TRL": Variant(Theirs, "trl")} if device.type == "cpu" else {}
+        return {"fastrl": Variant(Ours), "naive PyTorch": Variant(Naive, "eager"), **theirs}
 
     def draw(self, shape, device):
         return Case(shape)
@@ -212,27 +137,39 @@ class Trainer(Race):
         return inputs.step
 
     def gate(self, variant, inputs, shape):
-        """The loss of a fixed batch, in float64 by the formula of DAPO (2503.14476)."""
-        batch = fixed_batch(inputs)
-        ratio = (batch["logprobs"] - batch["old"]).double().exp()
-        a = batch["advantages"].double()[:, None]
-        term = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
-        want = -(term * batch["mask"]).sum() / batch["mask"].sum()
-        got = variant.function(inputs).loss(batch)
-        return within({"loss": abs(got - want.item())}, 1e-5)
+        """The losses of a fixed batch, away from where training starts, in float64."""
+        stepper = inputs.stepper(variant.function)
+        inputs.load(stepper.networks, shifted=True)
+        with torch.no_grad():
+            found = stepper.losses(inputs.fixed)
+        inputs.load(stepper.networks)
+        gaps = {name: abs(loss.item() - inputs.truth[name].item()) for name, loss in found.items()}
+        return within(gaps, 1e-5)
 
     def small(self, shape):
-        return {"prompts": 1, "G": 2, "tokens": 2}
+        return shape | {"layers": 1, "prompts": 2, "P": 4, "G": 2, "tokens": 2}
+
+    def bytes_needed(self, name, shape):
+        """Logits, their log-softmax and both gradients, of all rows; ours holds none of it."""
+        rows = shape["prompts"] * shape["G"] * (shape["tokens"] + 1)
+        return 0.0 if name == "fastrl" else 4.0 * 4 * rows * shape["V"]
 
     def work(self, shape, mode):
-        """The forward for every token of a rollout and three times that for training."""
-        layers, head, itemsize, dtype = weights("tiny", TINY["num_hidden_layers"])
-        rows = shape["prompts"] * shape["G"]
-        tokens = rows * shape["tokens"] + shape["prompts"] * PROMPT
-        passes = shape["tokens"] + 3 + 7  # decoding; forward and backward; Adam
-        return Work(
-            8.0 * tokens * (layers + head), float(passes * (layers + head) * itemsize), dtype
-        )
+        """Passes over the tokens that rows have on average, each prompt once."""
+        heads = shape["H"] // HEAD
+        each = shape["H"] * HEAD * 3 * heads + 9 * shape["H"] ** 2
+        layers, head = shape["layers"] * each, shape["H"] * shape["V"]
+        rows, most = shape["prompts"] * shape["G"], shape["tokens"]
+        ends = 1 / shape["V"]
+        length = most / 2 if shape["algorithm"] == "dpo" else (1 - (1 - ends) ** most) / ends
+        prompts = rows / 2 if shape["algorithm"] == "dpo" else shape["prompts"]
+        tokens = rows * length + prompts * shape["P"]
+        whole, bare = PASSES[shape["algorithm"]]
+        operations = 2.0 * ((whole + bare) * tokens * layers + whole * rows * length * head)
+        decoding = 0 if shape["algorithm"] == "dpo" else length
+        trained = 7  # Adam reads and writes weight, gradient and moments
+        moved = (whole + bare + decoding + trained) * (layers + head) * 4
+        return Work(operations, float(moved), "float32")
 
 
 RACE = Trainer()

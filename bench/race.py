@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,8 @@ class Race(ABC):
     grids: dict[str, list[Shape]]
     cuda: list[Shape] | None = None
     modes: tuple[str, ...] = (FORWARD, BOTH)
+    # Parts by name, and the variant that adds each to the one before; the first is the start.
+    ladder: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def variants(self, device: torch.device) -> dict[str, Variant]:

@@ -1,12 +1,14 @@
 """Shows what was measured: the machine, a table for each shape, and what changed since a report."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastrl import bench
 from fastrl.bench.race import describe
 
 LEAST_BAND = 0.05  # a change smaller than this is noise whatever the percentiles say
@@ -64,6 +66,12 @@ def show_point(result: dict, console: Console) -> None:
         console.print(table)
     else:
         console.print(title, highlight=False)
+    for mode in result["bounds"]:
+        if factors := ladder(result, mode):
+            start = next(iter(bench.load(result["op"]).ladder))
+            steps = " x ".join(f"{part} {figure(factor)}" for part, factor in factors.items())
+            whole = f"{figure(math.prod(factors.values()))} times {start}"
+            console.print(f"  {mode}: {steps} = {whole}", markup=False, highlight=False)
     for name, of in result["variants"].items():
         for kind in ("wrong", "failed", "skipped"):
             if kind in of:
@@ -84,6 +92,23 @@ def _timing(of: dict, mode: str, base: float | None, bound: dict) -> list[str]:
         f"{of['extra_mb'][mode]:.0f}" if "extra_mb" in of else "",
         f"{max(errors.values()):.0e}" if errors else "",
     ]
+
+
+def ladder(result: dict, mode: str) -> dict[str, float]:
+    """How many times as fast each part of the race's ladder makes it; empty where one is missing.
+
+    Their product is how many times as fast as the first variant the last one is.
+    """
+    rungs = bench.load(result["op"]).ladder
+    times = [
+        result["variants"].get(name, {}).get(mode, {}).get("median") for name in rungs.values()
+    ]
+    if not times or None in times:
+        return {}
+    return {
+        part: before / after
+        for part, (before, after) in zip(list(rungs)[1:], pairwise(times), strict=True)
+    }
 
 
 def figure(x: float) -> str:

@@ -101,11 +101,12 @@ def score(
     pairs: Annotated[Path, typer.Argument(help="JSON lines with prompt and completion.")],
     out: Annotated[Path, typer.Option(help="Where the scores go; continued where it exists.")],
     scheme: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="int8, nf4, int4, fp8, bf16 or float32; bitsandbytes: as the checkpoint is stored."
+            help="int8 (the default), nf4, int4, fp8, bf16 or float32; bitsandbytes: as it stored "
+            "the checkpoint. What save_pretrained wrote needs none."
         ),
-    ] = "int8",
+    ] = None,
     keep_bf16: Annotated[
         list[str] | None,
         typer.Option(help="Linear layers to leave in bf16, such as down_proj. Repeatable."),

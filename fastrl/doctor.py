@@ -185,7 +185,7 @@ def diagnose() -> dict[str, Any]:
         "nvcc": _nvcc(),
         "torch": torch.__version__,
         "torchrun": ", ".join(_backends()) or None,
-        **{p: _version(p) for p in ("triton", "transformers", "peft")},
+        **{p: _version(p) for p in ("triton", "flash-attn", "transformers", "peft")},
         "native kernels": native.why_missing or "loaded",
     }
     if not native.why_missing:

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Installs fastrl the ways users do, away from the source tree: sdist, wheel built from it, wheel
 # without a compiler, editable; each beside a package named `kernels`, as Hugging Face's is.
-# Takes torch and the build tools from the `python` on PATH and needs no network.
+# Takes torch and the build tools from the `python` on PATH and needs no network, unless asked to fetch
+#   KERNELS=1           Hugging Face's own `kernels` (10 MB), for the wheel to lie beside
+#   TORCHES="2.9.1 ..."  other torches, for the one wheel to pass a part of the tests with; from PyPI
+#                       each brings 3 to 4 GB of CUDA packages, from PIP_INDEX_URL=https://
+#                       download.pytorch.org/whl/cpu none
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,7 +36,7 @@ import torch
 import fastrl
 from fastrl.kernels import gae
 
-assert kernels.whose == "theirs", kernels
+assert getattr(kernels, "whose", "") == "theirs" or kernels.get_kernel, kernels
 assert sys.prefix in fastrl.__file__ or "fastrl-" in fastrl.__file__, fastrl.__file__
 ones = torch.ones(2, 3)
 try:
@@ -54,10 +58,16 @@ install() {
     --disable-pip-version-check "${@:2}"
 }
 
+# With what it depends on; nothing outside the environment is touched.
+fetch() {
+  "$python" -m pip --python "$work/$1/bin/python" install -q --disable-pip-version-check "${@:2}"
+}
+
 echo "== sdist"
 "$python" -m build --sdist --no-isolation --outdir "$work/dist" . >"$work/log" 2>&1 ||
   { cat "$work/log"; exit 1; }
 mkdir "$work/src"
+[[ $(echo "$work"/dist/*) != *+cu* ]] || { echo "the sdist names a CUDA"; exit 1; }
 tar -xf "$work"/dist/fastrl-*.tar.gz -C "$work/src"
 source=$(echo "$work"/src/fastrl-*)
 for file in CMakeLists.txt csrc/bindings.cpp csrc/cpu/scan.cpp csrc/cpu/scan.h csrc/cuda/scan.cu \
@@ -83,6 +93,7 @@ for start in (
     assert any(n.startswith(start) for n in names), f"the wheel lacks {start}"
 assert not any(n.startswith(("bench/", "kernels/", "tests/", "csrc/")) for n in names), names
 PY
+"$python" tests/wheel_links.py "$work"/wheel/*.whl
 environment wheel-env
 install wheel-env "$work"/wheel/*.whl
 check wheel-env "$work" cpu
@@ -125,19 +136,29 @@ environment editable-env
 FASTRL_CUDA=off install editable-env --editable "$source"
 check editable-env "$work" cpu
 check editable-env "$source" cpu
-# The wheel from above beside other torches, where TORCHES names some: TORCHES="2.9.1+cpu 2.12.0+cpu"
-# with PIP_INDEX_URL=https://download.pytorch.org/whl/cpu. Everything but torch is this environment's.
-for version in ${TORCHES:-}; do
-  echo "== torch $version"
-  environment "torch-$version"
-  install "torch-$version" "torch==$version"
-  install "torch-$version" "$work"/wheel/*.whl
-  "$work/torch-$version/bin/python" -c "import torch; assert torch.__version__ == '$version'"
-  check "torch-$version" "$work" cpu
-done
 
-# Which Linux the wheel runs on; a wheel for manylinux_2_28 has to be built in its image.
-if command -v auditwheel >/dev/null; then
-  auditwheel show "$work"/wheel/*.whl | tr '\n' ' ' | grep -o 'tag: "[^"]*"' | sort -u
+if [ -n "${KERNELS:-}" ]; then
+  echo "== beside Hugging Face's kernels"
+  environment kernels-env
+  rm -r "$work"/kernels-env/lib/python*/site-packages/kernels
+  fetch kernels-env kernels
+  install kernels-env "$work"/wheel/*.whl
+  check kernels-env "$work" cpu
 fi
+
+# Of the tests, what calls every op and what touches most of torch.
+tests=(scan sample logprob attention decode losses rollout models)
+for version in ${TORCHES:-}; do
+  name="torch-$version"
+  echo "== torch $version"
+  environment "$name"
+  fetch "$name" "torch==$version"
+  install "$name" "$work"/wheel/*.whl
+  "$work/$name/bin/python" -c "import torch; assert torch.__version__.startswith('$version')"
+  check "$name" "$work" cpu
+  (cd "$work" && "$name/bin/fastrl" doctor --selftest >log) || { cat "$work/log"; exit 1; }
+  [ -d "$work/tests" ] || cp -r tests pyproject.toml "$work"
+  (cd "$work" && "$name/bin/python" -m pytest -q -m "not slow and not gpu" \
+    -k "not every_instruction_set" $(printf "tests/test_%s.py " "${tests[@]}") 2>&1)
+done
 echo "packaging: ok"

@@ -9,6 +9,7 @@ from fastrl import train
 from fastrl.models import build_scorer, completion_scores, load_scorer
 from fastrl.train import ConfigError, DataError, loop, parse_config
 from fastrl.train.algorithms import STEPS
+from fastrl.train.begin import begin
 from fastrl.train.optimizer import Optimizer
 from fastrl.train.stages import ALGORITHMS, FAMILIES
 from fastrl.train.update import accumulate
@@ -31,6 +32,9 @@ STAGES = {
     "gail": SAMPLED | {"prompts": "all", "demonstrations_per_step": 6},
     "airl": SAMPLED | {"level": "token"},
     "fairl": SAMPLED | {"discriminator_updates": 2},
+    "likelihood": SAMPLED | {"algorithm": "gail", "discriminator": "likelihood"},
+    "likelihood of tokens": SAMPLED
+    | {"algorithm": "airl", "discriminator": "likelihood", "level": "token"},
     "spin": PAIRS,
     "distillation": {"steps": 2, "eval_every": 2, "prompts_per_step": 8, "beta": 0.5},
     "raft": SAMPLED,
@@ -78,7 +82,7 @@ def first_updates(config, tmp_path, micro_batch_size, split):
     (name, stage), *_ = config.stages.items()
     stage = stage.model_copy(update={"micro_batch_size": micro_batch_size})
     setup = loop.prepare(config)
-    work = loop._begin(setup, stage, name, tmp_path, None)
+    work = loop.begin(setup, stage, name, tmp_path, None)
     torch.manual_seed(0)
     if work.context.reference is not None:  # so that what compares with it is not trivial
         with torch.no_grad():
@@ -121,6 +125,15 @@ RUNS = {
     "ppo": {"ppo": SAMPLED | {"steps": 4, "kl_coef": 0.1, "critic_warmup": 1}},
     "value head": {"ppo": SAMPLED | {"steps": 3, "critic": "head", "critic_warmup": 1}},
     "gail": {"sft": PAIRS, "gail": SAMPLED | {"steps": 4}},
+    "likelihood": {
+        "sft": PAIRS,
+        "airl": SAMPLED | {"steps": 4, "discriminator": "likelihood", "discriminator_warmup": 1},
+    },
+    "learned likelihood": {
+        "sft": PAIRS,
+        "reward": PAIRS | {"reward_model": "likelihood"},
+        "grpo": SAMPLED | {"reward": "reward"},
+    },
     "spin": {"spin": PAIRS | {"steps": 4, "reference_every": 2}},
     "own pairs": {
         "dpo": PAIRS | {"steps": 4, "pairs": "samples", "group_size": 4, "reference_every": 3}
@@ -186,6 +199,45 @@ def test_a_reward_model_learns_and_is_used(recipe, tmp_path):
     assert scores.shape == (2,) and scores.dtype == torch.float32
 
 
+def test_a_discriminator_begins_before_the_policy(varied, tmp_path):
+    config = a_recipe(varied, {"gail": SAMPLED | {"discriminator_warmup": 2}})
+    setup = loop.prepare(config)
+    work = begin(setup, config.stages["gail"], "gail", tmp_path, None)
+    step = STEPS[type(work.context.stage)]
+    trained = [[u.networks for u in step(work.context, i)] for i in (1, 2)]
+    assert trained == [[("discriminator",)], [("discriminator",), ("policy",)]]
+
+
+def test_a_likelihood_is_a_log_ratio_to_the_policy(varied, tmp_path):
+    settings = {"discriminator": "likelihood", "temperature": 0.7}
+    config = a_recipe(varied, {"airl": SAMPLED | settings})
+    setup = loop.prepare(config)
+    context = begin(setup, config.stages["airl"], "airl", tmp_path, None).context
+    network = setup.networks["discriminator"]
+    assert network.config.architectures == setup.policy.config.architectures
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(1.1)
+    batch = next(STEPS[type(context.stage)](context, 0)).batch
+    prompts, ids, mask = batch.completions
+    want = torch.zeros(ids.shape)
+    for i, prompt in enumerate(prompts):
+        row = torch.tensor([prompt + ids[i][mask[i]].tolist()])
+        chosen = row[0, len(prompt) :, None]
+        after, before = (
+            model(row).logits[0, len(prompt) - 1 : -1].double() for model in (network, setup.policy)
+        )
+        # The policy samples at a temperature of 0.7.
+        ratio = after.log_softmax(-1) - (before / 0.7).log_softmax(-1)
+        want[i, : len(chosen)] = ratio.gather(1, chosen).squeeze(1).float()
+    scorer = context.scorer("discriminator")
+    got = scorer.heads(batch, "token")
+    assert got.shape == (*ids.shape, 1) and want.abs().max() > 0.01
+    torch.testing.assert_close(got[..., 0], want, rtol=1e-4, atol=1e-5)
+    whole = scorer.heads(batch)
+    torch.testing.assert_close(whole[:, 0], want.sum(-1), rtol=1e-4, atol=1e-5)
+
+
 def test_dynamic_sampling_goes_on_until_groups_differ(recipe, tmp_path, monkeypatch):
     (tmp_path / "rare_rewards.py").write_text(
         "def rare(prompts, completions):\n"
@@ -237,6 +289,11 @@ def test_scores_are_independent_of_padding_and_read_where_they_should(model, tok
         ({"gail": SAMPLED | {"demonstrations_per_step": 6}}, "has no effect with prompts="),
         ({"gail": SAMPLED | {"overlong_buffer": 2}}, "overlong_buffer has no effect where"),
         ({"airl": SAMPLED | {"advantage": "remax"}}, "remax has no rule"),
+        ({"afd": SAMPLED | {"reward_model": "likelihood", "heads": 2}}, "a likelihood has one"),
+        (
+            {"gail": SAMPLED | {"discriminator": "likelihood", "scheme": "int8"}},
+            "stages.gail.scheme='int8' has no effect on a likelihood",
+        ),
         ({"ppp": SAMPLED}, "algorithm 'ppp' is unknown; use one of sft, iqlearn"),
     ],
 )

@@ -15,6 +15,7 @@ import yaml
 from runs import same, steady, weights
 
 from fastrl import train
+from fastrl.files import WriteError
 from fastrl.train import CheckpointError, checkpoints, loop, parse_config
 from fastrl.train.tracking import read_jsonl
 
@@ -206,7 +207,7 @@ def test_full_disk_keeps_the_previous_checkpoint(recipe, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoints, "save", save)
             with pytest.raises(
-                CheckpointError, match=r"cannot write .*what was saved before is untouched"
+                WriteError, match=r"cannot write .*what was saved before is untouched"
             ):
                 train.run(config, folder)
     finally:

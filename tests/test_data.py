@@ -2,11 +2,12 @@
 
 import json
 import sys
+from itertools import pairwise
 
 import pytest
 
-from fastrl.reward.reasoning_gym import make_problems, verifier
-from fastrl.train import DataError, parse_config
+from fastrl.reward.reasoning_gym import make_problems, ranking, verifier
+from fastrl.train import DataError, load_recipe, parse_config
 from fastrl.train.data import batch_indices, check_context, load_examples, read_rows
 
 CHAT = (
@@ -145,6 +146,28 @@ def test_reasoning_gym_problems_and_verifier():
     for completions in (texts, chat):
         got = score(prompts=[""] * 4, completions=completions, entry=[entry] * 4)
         assert got == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_rankings_fall_by_the_verifiers_grade():
+    """In the recipe whose reward model fidelity is judged on; capitals are among its words."""
+    gym = load_recipe("reward_model").data.reasoning_gym
+    options = (gym.task, gym.options, 200, 50, gym.seed, gym.prompt, gym.ranked)
+    train, held_out = make_problems(*options)
+    assert gym.ranked == 8 and make_problems(*options) == (train, held_out)
+    score = verifier(gym.task, gym.options)
+    assert any(not r["completion"].islower() for r in train)
+    for row in train + held_out:
+        grades = score([""] * 8, row["ranked"], entry=[row["entry"]] * 8)
+        assert grades[0] == 1 and all(better > worse for better, worse in pairwise(grades))
+        assert all(a.isalpha() and len(a) == len(row["completion"]) for a in row["ranked"])
+
+
+def test_rankings_by_kind():
+    """Wrong characters are of the kinds that the answer has; short answers grow."""
+    assert all(c.isdigit() or c == "-" for text in ranking("-12", 4, 0) for c in text)
+    assert [len(text) for text in ranking("7", 4, 0)] == [1, 1, 2, 3]
+    assert all(c.isdigit() or c == "=" for text in ranking("==", 3, 0) for c in text)
+    assert ranking("aB", 2, 0)[1].isalpha() and ranking("aB", 2, 0)[1].lower() != "ab"
 
 
 @pytest.mark.parametrize(

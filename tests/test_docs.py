@@ -12,6 +12,7 @@ from fastrl.train.stages import ALGORITHMS, FAMILIES
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))  # test_notebook.py
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -45,8 +46,10 @@ def test_links(page):
 
 
 def test_every_page_is_in_the_navigation():
-    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(str(p.relative_to(DOCS)) for p in PAGES)
+    listed = re.findall(
+        r": ([\w/-]+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(str(p.relative_to(DOCS)) for p in PAGES + NOTEBOOKS)
 
 
 def test_tables_name_every_algorithm_family_and_op():

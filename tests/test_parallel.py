@@ -39,7 +39,7 @@ SETTINGS = {
     "ppo": {"prompts_per_step": 5, "kl_coef": 0.1, "critic_optimizer": OPTIMIZER},
     "gail": {"prompts": "all", "demonstrations_per_step": 7},
     "airl": {"level": "token"},
-    "fairl": {},
+    "fairl": {"discriminator": "likelihood"},
     "spin": {"batch_size": 5},
     "distillation": {"prompts_per_step": 5},
     "raft": {"prompts_per_step": 3, "group_size": 4},
@@ -117,6 +117,25 @@ def test_two_processes_take_the_steps_of_one(ranks, recipe, tmp_path, algorithm)
 def test_a_value_head_takes_the_steps_of_one(ranks, recipe, tmp_path):
     settings = values(recipe, "ppo", "fsdp")
     settings["stages"]["only"] |= {"critic": "head", "critic_warmup": 1}
+    compare(ranks, tmp_path, settings)
+
+
+SCORING = {
+    "head, int8": {"only": {"discriminator": "head", "scheme": "int8"}},
+    "int8 of tokens": {"only": {"level": "token", "scheme": "int8"}},
+    "a frozen head": {"reward": {"reward_model": "head", "heads": 2}, "grpo": {"scheme": "bf16"}},
+}
+
+
+@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
+@pytest.mark.parametrize("name", SCORING)
+def test_scores_are_those_of_one(ranks, recipe, tmp_path, name, layout):
+    settings = values(recipe, "gail", layout)
+    if "grpo" in SCORING[name]:
+        reward, grpo = (values(recipe, a)["stages"]["only"] for a in ("reward", "grpo"))
+        settings["stages"] = {"reward": reward, "grpo": grpo | {"reward": "reward"}}
+    for stage, more in SCORING[name].items():
+        settings["stages"][stage] |= more
     compare(ranks, tmp_path, settings)
 
 

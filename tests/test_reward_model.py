@@ -19,6 +19,7 @@ from fastrl.reward import (
 )
 from fastrl.reward.build import matches
 from fastrl.reward.ensemble import combine
+from fastrl.reward.pairs import Pair
 
 needs_cpu = pytest.mark.skipif(
     native.unavailable("cpu", torch.device("cpu")) is not None,
@@ -71,6 +72,28 @@ def test_bits_do_not_depend_on_the_batch(family, scheme):
     for budget in (1, 20, 45):  # groups in pieces
         model.batch_tokens = budget
         assert torch.equal(model.score(PROMPTS, COMPLETIONS), want)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "float32"])
+@pytest.mark.parametrize("heads", [1, 3])
+@needs_cpu
+def test_every_token_has_the_score_of_the_pair_that_ends_there(scheme, heads):
+    model = load(tiny(num_labels=heads), scheme, batch_tokens=40)
+    found = model.score_tokens(
+        [Pair(tuple(p), tuple(c)) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    )
+    assert [len(x) for x in found] == [len(c) for c in COMPLETIONS]
+    for prompt, completion, scores in zip(PROMPTS, COMPLETIONS, found, strict=True):
+        cut = [completion[: i + 1] for i in range(len(completion))]
+        assert torch.equal(scores, model.score([prompt] * len(cut), cut)) or not cut
+
+
+def test_scores_of_tokens_are_hugging_faces():
+    model = tiny(num_labels=2)
+    found = load(model).score_tokens([Pair((3, 4, 5), (6, 7)), Pair((3, 4, 5), ())])
+    hidden = model.base_model(torch.tensor([[3, 4, 5, 6, 7]])).last_hidden_state
+    torch.testing.assert_close(found[0], model.score(hidden)[0, 3:].detach(), rtol=1e-5, atol=1e-5)
+    assert found[1].numel() == 0
 
 
 @needs_cpu

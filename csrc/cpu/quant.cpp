@@ -15,6 +15,7 @@
 #include <numeric>
 
 #include "pool.h"
+#include "quant_few.h"
 #include "quant_gemm.h"
 #include "quant_rows.h"
 #include "quant_store.h"
@@ -83,7 +84,7 @@ class Block {
     } else {
       unpack();
     }
-    if constexpr (kShifted) {
+    if (kShifted && a.rows > kFew) {
       for (int64_t r = 0; r < rows; ++r) {
         start_[r] = -shift_of(data_ + r * depth_, depth_);
       }
@@ -112,6 +113,16 @@ class Block {
     }
   }
 
+#if defined(__AVX2__)
+  // All tokens, widened; they are at most kFew.
+  void multiply(const Token* x) {
+    multiply_few(data_, rows_, depth_, x, a_.rows, sums(0));
+    float scale[kPanel] = {};
+    std::copy(a_.x_scale, a_.x_scale + a_.rows, scale);
+    store_panel(a_, sums(0), n0_, rows_, 0, a_.rows, scale);
+  }
+#endif
+
  private:
   static int vectors(int64_t tokens) {
     const auto n = static_cast<int>(ceil_div(tokens, kLanes));
@@ -124,11 +135,9 @@ class Block {
     unpacked_ = std::make_unique<Buffer<int8_t>>(rows_ * depth_);
     data_ = unpacked_->get();
     const FourBit four(a_.weight);
-    const RowBuffer row(a_.weight.columns);
     for (int64_t r = 0; r < rows_; ++r) {
       int8_t* to = unpacked_->get() + r * depth_;
-      four.row(n0_ + r, row.get());
-      round_row(row.get(), a_.weight.columns, 1.0f / a_.weight.scale[n0_ + r], to);
+      four.rounded_row(n0_ + r, 1.0f / a_.weight.scale[n0_ + r], to);
       std::memset(to + a_.weight.columns, 0, depth_ - a_.weight.columns);
     }
   }
@@ -220,6 +229,16 @@ void quantized_linear(const QuantLinearArgs& a, int threads) {
   const int64_t most = std::max<int64_t>(kPackedBytes / (all * 4) / group, 1) * group;
   const int64_t chunk = std::min(round_up(a.rows, kPanel), most);
   const int64_t block = rows_in_block(a, threads);
+#if defined(__AVX2__)
+  if (a.rows <= kFew) {
+    const int64_t depth = round_up(width, 64);
+    const Buffer<Token> x(round_up(a.rows, kTokens) * depth);
+    widen_tokens(static_cast<const int8_t*>(a.x), a.rows, width, depth, x.get());
+    return parallel_for(ceil_div(a.weight.rows, block), threads, [&](int64_t b) {
+      Block(a, b * block, std::min(block, a.weight.rows - b * block)).multiply(x.get());
+    });
+  }
+#endif
   const Buffer<uint32_t> packed(chunk * all);
   for (int64_t m = 0; m < a.rows; m += chunk) {
     const int64_t tokens = std::min(chunk, a.rows - m);

@@ -127,6 +127,41 @@ class FourBit {
     }
   }
 
+  // rint(inverse * row n), as round_row of `row` gives it: a block has 16 values, rounded once.
+  void rounded_row(int64_t n, float inverse, int8_t* to) const {
+    const int64_t first = n * w_.stride;
+    for (int64_t k = 0; k < w_.columns;) {
+      const int64_t block = (first + k) / w_.block;
+      const int64_t end = std::min((block + 1) * w_.block - first, w_.columns);
+      alignas(16) int8_t table[16];
+      float values[16];
+      const Vec absmax = splat(this->absmax(block));
+      for (int j = 0; j < kSixteen; j += kLanes) {
+        store(values + j, load(w_.code + j) * absmax);
+      }
+      round_row(values, 16, inverse, table);
+      for (; k < end && (first + k) % 2 != 0; ++k) {
+        to[k] = table[index(first + k)];
+      }
+#if defined(__AVX2__)
+      const __m128i all = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+      const __m128i low = _mm_set1_epi8(15);
+      for (; k + 32 <= end; k += 32) {
+        const __m128i both =
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(w_.data + (first + k) / 2));
+        const __m128i even = _mm_and_si128(_mm_srli_epi16(both, 4), low);
+        const __m128i odd = _mm_and_si128(both, low);
+        auto* out = reinterpret_cast<__m128i*>(to + k);
+        _mm_storeu_si128(out, _mm_shuffle_epi8(all, _mm_unpacklo_epi8(even, odd)));
+        _mm_storeu_si128(out + 1, _mm_shuffle_epi8(all, _mm_unpackhi_epi8(even, odd)));
+      }
+#endif
+      for (; k < end; ++k) {
+        to[k] = table[index(first + k)];
+      }
+    }
+  }
+
  private:
   float absmax(int64_t block) const {
     if (w_.nested_absmax == nullptr) {
@@ -136,10 +171,12 @@ class FourBit {
     return code * w_.nested_absmax[block / 256] + *w_.nested_offset;
   }
 
-  float value(int64_t i) const {
+  int index(int64_t i) const {
     const uint8_t both = w_.data[i / 2];
-    return w_.code[i % 2 == 0 ? both >> 4 : both & 15];
+    return i % 2 == 0 ? both >> 4 : both & 15;
   }
+
+  float value(int64_t i) const { return w_.code[index(i)]; }
 
   // 16 elements from 8 bytes.
   void sixteen(const uint8_t* from, float absmax, float* to) const {

@@ -5,6 +5,7 @@ environment it is not loaded even where it was built; with ``on`` its absence is
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from fastrl import installation
 
-IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda", "flash")
 
 # What "auto" tries on a device, fastest first. Elsewhere there is only the reference.
-FAST = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+FAST = {"cpu": ("cpu", "flash"), "cuda": ("cuda", "triton", "flash")}
+
+FLASH_ATTN = ("2.7", "2.8")  # whose functions we know
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -68,12 +71,40 @@ def unavailable(impl: str, device: torch.device) -> str | None:
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"the tensors are on {device}; Triton needs them on a GPU"
         return None
+    if impl == "flash":
+        return None if device.type == "cpu" else _no_flash(device)
     if device.type != impl:
         return f"the tensors are on {device}"
     if _module is None:
         return why_missing
     if impl == "cuda" and not _HAS_CUDA:
         return "fastrl was built without CUDA; put nvcc on PATH and reinstall with FASTRL_CUDA=on"
+    return None
+
+
+@cache
+def flash_attn_version() -> str | None:
+    """Of the flash-attn package; None where it is not installed."""
+    try:
+        return importlib.metadata.version("flash_attn")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _no_flash(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    version = flash_attn_version()
+    if version is None and not torch.backends.cuda.is_flash_attention_available():
+        return "this PyTorch was built without flash attention, and flash-attn is not installed"
+    if version is not None and ".".join(version.split(".")[:2]) not in FLASH_ATTN:
+        return (
+            f"flash-attn {version} is installed, and its functions are known for "
+            f"{' and '.join(FLASH_ATTN)} alone; install one of those or none"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"flash attention needs a GPU of sm_80 or later, got sm_{major}{minor}"
     return None
 
 

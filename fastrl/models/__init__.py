@@ -20,9 +20,11 @@ from fastrl.models.logprobs import (
 )
 from fastrl.models.scorer import (
     Level,
-    ValueHead,
+    ScoreHead,
     build_scorer,
     completion_scores,
+    head_scores,
+    join_head,
     load_scorer,
     logprobs_and_values,
     scorer_class,
@@ -31,7 +33,7 @@ from fastrl.models.scorer import (
 __all__ = [
     "Level",
     "LmHead",
-    "ValueHead",
+    "ScoreHead",
     "add_lora",
     "backbone",
     "build_model",
@@ -44,6 +46,8 @@ __all__ = [
     "completion_states",
     "group_logprobs",
     "group_rows",
+    "head_scores",
+    "join_head",
     "lm_head",
     "load_model",
     "load_scorer",

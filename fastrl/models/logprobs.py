@@ -32,21 +32,25 @@ def group_rows(prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 class Packed(NamedTuple):
-    """Groups packed as `prompt | c_1 | ... | c_G`, and where the predictions of tokens are.
-
-    A completion's last token is predicted, never read, so its segment ends one token earlier.
-    """
+    """Groups packed as `prompt | c_1 | ... | c_G`, and where each row's tokens are."""
 
     input_ids: Tensor  # [1, T]
     layout: GroupLayout
-    before_first: Tensor  # [rows with a completion] the token that predicts a row's first one
-    before_rest: Tensor  # the tokens that predict the others, in the order of the rows
+    before: Tensor  # [B] the last token of a row's prompt
+    starts: Tensor  # [B] the first token of its completion
 
 
 def pack_groups(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Tensor, completion_mask: Tensor
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    whole: bool = False,
 ) -> Packed:
     """Completions packed behind the prompt that neighbouring rows share.
+
+    Where log-probs are asked for, a completion's last token is predicted, never read, so its
+    segment ends one token earlier; `whole` keeps it.
 
     Raises `ValueError` for an empty prompt, a number of prompts other than B and a mask that is not
     `[B, T]` bool, right-padded.
@@ -69,10 +73,10 @@ def pack_groups(
             "prompt_ids holds an empty prompt; a completion needs at least one token before it"
         )
     groups = group_rows(prompt_ids)
-    lengths = completion_mask.sum(-1).tolist()
+    lengths = [n if whole else max(n - 1, 0) for n in completion_mask.sum(-1).tolist()]
     layout = GroupLayout.from_lengths(
         [len(prompt_ids[g[0]]) for g in groups],
-        [[max(lengths[row] - 1, 0) for row in g] for g in groups],
+        [[lengths[row] for row in g] for g in groups],
         device,
     )
     read = completion_ids.split(1)
@@ -82,20 +86,29 @@ def pack_groups(
             for g in groups
             for piece in (
                 torch.tensor(prompt_ids[g[0]], dtype=torch.int64, device=device),
-                *(read[row][0, : max(lengths[row] - 1, 0)] for row in g),
+                *(read[row][0, : lengths[row]] for row in g),
             )
         ]
         or [completion_ids.new_zeros(0)]
     )
-    group_of_row = torch.tensor([n for n, g in enumerate(groups) for _ in g], device=device)
-    ends = layout.offsets[layout.groups[:-1] + 1].long() - 1  # the prompts' last tokens
-    segment, prompt = layout.segment_of_token(len(ids))
-    return Packed(
-        ids.unsqueeze(0),
-        layout,
-        ends[group_of_row[completion_mask[:, :1].any(-1)]],
-        torch.nonzero(segment != prompt).squeeze(-1),
+    group_of_row = torch.tensor(
+        [n for n, g in enumerate(groups) for _ in g], dtype=torch.int64, device=device
     )
+    segment_of_row = group_of_row + torch.arange(1, rows + 1, device=device)
+    ends = layout.offsets[layout.groups[:-1] + 1].long() - 1  # the prompts' last tokens
+    starts = layout.offsets[segment_of_row].long()
+    return Packed(ids.unsqueeze(0), layout, ends[group_of_row], starts)
+
+
+def packed_states(model: nn.Module, packed: Packed) -> Tensor:
+    """The last hidden states `[T, H]` of packed groups."""
+    with shared_attention(model):
+        return backbone(model)(
+            input_ids=packed.input_ids,
+            position_ids=packed.layout.positions(packed.input_ids.shape[1]).unsqueeze(0),
+            group_layout=packed.layout,
+            use_cache=False,
+        ).last_hidden_state[0]
 
 
 @as_forward
@@ -123,18 +136,16 @@ def group_logprobs(
         else (rollouts.prompt_ids, rollouts.completion_ids, rollouts.completion_mask)
     )
     packed = pack_groups(prompt_ids, ids, mask)
-    with shared_attention(model):
-        hidden = backbone(model)(
-            input_ids=packed.input_ids,
-            position_ids=packed.layout.positions(packed.input_ids.shape[1]).unsqueeze(0),
-            group_layout=packed.layout,
-            use_cache=False,
-        ).last_hidden_state[0]
+    hidden = packed_states(model, packed)
     # A prompt's last state predicts the first token of all its completions: their gradients are
-    # summed before they are rounded to the dtype of the states.
-    shared, owner = packed.before_first.unique_consecutive(return_inverse=True)
+    # summed before they are rounded to the dtype of the states, and in order, which those of
+    # indexing are not.
+    before_first = packed.before[mask[:, :1].any(-1)]
+    shared, owner = before_first.unique_consecutive(return_inverse=True)
     wide = hidden[shared].to(torch.promote_types(hidden.dtype, torch.float32))
-    states = torch.cat([wide[owner].to(hidden.dtype), hidden[packed.before_rest]])
+    segment, prompt = packed.layout.segment_of_token(len(hidden))
+    before_rest = torch.nonzero(segment != prompt).squeeze(-1)  # in the order of the rows
+    states = torch.cat([wide.index_select(0, owner).to(hidden.dtype), hidden[before_rest]])
     first, rest = torch.nonzero(mask[:, :1]), torch.nonzero(mask[:, 1:])
     rest[:, 1] += 1
     at = torch.cat([first, rest]).unbind(1)

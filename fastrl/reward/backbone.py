@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl.kernels import GroupLayout, shared_prefix_attention
-from fastrl.reward.checkpoint import Spec
+from fastrl.reward.checkpoint import Checkpoint, Spec, rotary
 from fastrl.reward.linear import Linear, Rows, glu_rows, norm_rows, rms_norm
 
 Observe = Callable[[str, Tensor], None]  # called with a linear layer's name and its input
 
 
 class Batch(NamedTuple):
-    """Packed groups: token ids `[T]`, where they lie, and each row's pooled token `[B]`."""
+    """Packed groups: token ids `[T]`, where they lie, and the tokens that are scored `[B]`."""
 
     ids: Tensor
     layout: GroupLayout
@@ -112,3 +112,42 @@ class Layer:
             assert rows.plain is not None, "only unquantized layers are observed"
             for name in names:
                 observe(f"layers.{self.index}.{name}", rows.plain)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What is before and after the layers: embedding `[V, H]`, final norm `[H]`, head `[K, H]`."""
+
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, device: torch.device) -> "Ends":
+        spec = checkpoint.spec
+        norm = checkpoint.get("norm.weight", (spec.hidden,)).float() + spec.norm_offset
+        embedding = checkpoint.get("embed_tokens.weight", (spec.vocabulary, spec.hidden))
+        head = checkpoint.get("score.weight").float()
+        return cls(embedding.to(device), norm.to(device), head.to(device))
+
+
+class Rotary:
+    """Cosines and sines of positions, in a table that grows."""
+
+    def __init__(self, config: Any, device: torch.device):
+        self._config, self._device = config, device
+        self._table = (torch.empty(0), torch.empty(0))
+
+    def __call__(self, positions: Tensor) -> Angles:
+        needed = int(positions.max()) + 1
+        if needed > len(self._table[0]):
+            count = max(256, 1 << (needed - 1).bit_length())
+            cos, sin = rotary(self._config, count)
+            self._table = (cos.to(self._device), sin.to(self._device))
+        return Angles(*(x[positions].unsqueeze(1) for x in self._table))
+
+
+def embed(embedding: Tensor, batch: Batch, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """The states `[T, H]` that enter the first layer."""
+    x = embedding[batch.ids].to(dtype)
+    return x if spec.embedding_scale == 1.0 else x * torch.tensor(spec.embedding_scale).to(x)

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fastrl.kernels import QuantizedWeight, quantize, weight_from_bitsandbytes
-from fastrl.reward.backbone import Angles, Batch, Layer
+from fastrl.reward.backbone import Angles, Batch, Ends, Layer, Rotary, embed
 from fastrl.reward.checkpoint import ATTENTION, MLP, Checkpoint, RewardModelError
 from fastrl.reward.linear import Linear
+from fastrl.reward.pairs import Ids, Pair, check_pair, encode_pair, pack
 
 FLOATS = {"bf16": torch.bfloat16, "float32": torch.float32}
 QUANTIZED = ("int8", "nf4", "int4", "fp8")
 # The part of a channel's spread that moves from activations to weights (2211.10438).
 MIGRATION = 0.5
+CALIBRATION_TOKENS = 8192
+LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Calibration:
     """Token states on their way through the float layers, and the largest input of each channel."""
 
     def __init__(self, batch: Batch, hidden: Tensor, angles: Angles):
+        self.tokens = len(batch.ids)
         self._layout, self._angles = batch.layout, angles
         self._state: tuple[Tensor, Tensor | None] = (hidden, None)
 
@@ -84,6 +89,30 @@ class Calibration:
 
         self._state = layer(*self._state, self._layout, self._angles, observe=observe)
         return largest
+
+
+def calibrate(
+    checkpoint: Checkpoint, texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None
+) -> Calibration:
+    """Calibration on texts or token ids; raises `ValueError` naming the one that cannot be used."""
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("smooth must be a sequence of at least one text or list of token ids")
+    used, tokens, known = list[Pair](), 0, dict[str, Ids]()
+    for i, text in enumerate(texts):
+        try:
+            pair = encode_pair(text, "" if isinstance(text, str) else [], tokenizer, known)
+            check_pair(pair, checkpoint.spec.vocabulary, checkpoint.spec.context)
+        except ValueError as error:
+            raise ValueError(f"smooth[{i}]: {error}") from None
+        tokens += len(pair.prompt)
+        if used and tokens > CALIBRATION_TOKENS:
+            break
+        used.append(pair)
+    _, batch = next(pack(used, LARGEST))
+    cpu = torch.device("cpu")
+    table = Rotary(checkpoint.config, cpu)
+    hidden = embed(Ends.read(checkpoint, cpu).embedding, batch, checkpoint.spec, torch.float32)
+    return Calibration(batch, hidden, table(batch.layout.positions(len(batch.ids))))
 
 
 def build_layers(
@@ -129,10 +158,7 @@ def layer_norms(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
         )
     if spec.qk_norm:
         sizes |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), spec.head_size)
-    return {
-        name: checkpoint.get(f"layers.{index}.{name}.weight", (size,)).float() + spec.norm_offset
-        for name, size in sizes.items()
-    }
+    return {name: checkpoint.norm(f"layers.{index}.{name}", size) for name, size in sizes.items()}
 
 
 def _smoothed(layer: Layer, inputs: Mapping[str, Tensor]) -> Layer:

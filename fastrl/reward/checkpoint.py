@@ -24,6 +24,8 @@ ROTARY = {
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ANGLES = 64  # positions whose angles are computed together
+METHOD = "fastrl"  # of the quantization section of a config that saved.py wrote
+READ = (None, METHOD, "bitsandbytes")
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -146,6 +148,15 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self._tensors = tensors
+        section = quantization_section(config)
+        method = section.get("quant_method")
+        if method not in READ:
+            raise RewardModelError(
+                f"{source} is quantized by {method!r}, which is not read; give the float "
+                "checkpoint that it was made from"
+            )
+        # What `QuantizedRewardModel.save_pretrained` recorded; None for any other checkpoint.
+        self.saved = section if method == METHOD else None
         architectures = getattr(config, "architectures", None) or []
         if "score.weight" not in tensors:
             causal = any("CausalLM" in a for a in architectures)
@@ -170,7 +181,10 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """A local Hugging Face directory or hub id, from safetensors alone."""
         folder = _folder(str(path))
-        config = AutoConfig.from_pretrained(folder)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (ValueError, OSError, TypeError, AttributeError) as error:  # whatever stands in it
+            raise RewardModelError(f"{str(path)!r}: its config cannot be read: {error}") from None
         return cls(config, Safetensors(folder), repr(str(path)), folder)
 
     @classmethod
@@ -194,14 +208,15 @@ class Checkpoint:
         linears = self.spec.linears()
         needed = {f"{name}.weight" for name in linears} | {"embed_tokens.weight", "norm.weight"}
         needed |= {f"layers.{i}.{n}.weight" for i in range(self.spec.layers) for n in norms}
-        missing = sorted(n for n in needed if n not in self)
+        missing = sorted(n for n in needed if n not in self and f"{n}.data" not in self)
         if missing:
             raise RewardModelError(
                 f"{self.source}: tensor {'model.' + missing[0]!r} is missing"
                 + (f", and {len(missing) - 1} others" if len(missing) > 1 else "")
             )
         # What quantization adds to a weight stands behind its name.
-        known = (*needed, *(f"{name}.{part}" for name in linears for part in ("bias", "SCB")))
+        more = ("bias", "SCB") if self.saved is None else ("bias", "input_scale", "output_scale")
+        known = (*needed, *(f"{name}.{part}" for name in linears for part in more))
         whole, parts = (
             set(known),
             tuple(f"{n}." for n in needed) + tuple(f"{name}.weight_format" for name in linears),
@@ -256,6 +271,17 @@ class Checkpoint:
                 f"{self.source}: tensor {stored!r} holds {bad} values that are NaN or infinite"
             )
         return tensor
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """What a norm multiplies by, `[size]` float32: Gemma's offset is part of it."""
+        weight = self.get(f"{name}.weight", (size,)).float()
+        return weight if self.saved is not None else weight + self.spec.norm_offset
+
+
+def quantization_section(config: Any) -> dict[str, Any]:
+    """What a config says of quantization, empty where it says nothing."""
+    section = getattr(config, "quantization_config", None) or {}
+    return section if isinstance(section, dict) else section.to_dict()
 
 
 class Safetensors(Mapping[str, Tensor]):

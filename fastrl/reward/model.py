@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +9,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastrl.kernels import pool_score
-from fastrl.reward.backbone import Angles, Batch, Layer, Observe
+from fastrl.kernels import QuantizedWeight, pool_score
+from fastrl.reward.backbone import Angles, Batch, Ends, Layer, Observe, Rotary, embed
 from fastrl.reward.build import (
     QUANTIZED,
-    Calibration,
     Plan,
     bitsandbytes_layers,
     build_layers,
+    calibrate,
 )
-from fastrl.reward.checkpoint import Checkpoint, RewardModelError, Spec, rotary
+from fastrl.reward.checkpoint import Checkpoint, RewardModelError
 from fastrl.reward.ensemble import combine
 from fastrl.reward.functions import RewardFunction
-from fastrl.reward.pairs import Ids, Pair, check_pair, encode, encode_pair, pack
-
-CALIBRATION_TOKENS = 8192
-LARGEST = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What is before and after the layers: embedding `[V, H]`, final norm `[H]`, head `[K, H]`."""
-
-    embedding: Tensor
-    norm: Tensor
-    head: Tensor
-
-    @classmethod
-    def read(cls, checkpoint: Checkpoint, device: torch.device) -> "Ends":
-        spec = checkpoint.spec
-        norm = checkpoint.get("norm.weight", (spec.hidden,)).float() + spec.norm_offset
-        embedding = checkpoint.get("embed_tokens.weight", (spec.vocabulary, spec.hidden))
-        head = checkpoint.get("score.weight").float()
-        return cls(embedding.to(device), norm.to(device), head.to(device))
+from fastrl.reward.pairs import Pair, check_pair, encode, pack
+from fastrl.reward.saved import check_section, layer_tensors, save, saved_layers, section
 
 
 class QuantizedRewardModel:
@@ -62,7 +42,7 @@ class QuantizedRewardModel:
         self,
         checkpoint: Checkpoint,
         layers: Sequence[Layer],
-        scheme: str,
+        recorded: Mapping[str, Any],
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device = "cpu",
@@ -72,13 +52,14 @@ class QuantizedRewardModel:
             raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
         self.config, self.spec, self.source = checkpoint.config, checkpoint.spec, checkpoint.source
         self.layers = list(layers)
-        self.scheme = scheme
+        self.recorded = dict(recorded)  # scheme and settings, as `save_pretrained` writes them
+        self.scheme: str = self.recorded["scheme"]
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.batch_tokens = batch_tokens
         self._ends = Ends.read(checkpoint, self.device)
         # Of what lies between layers. float32 costs a CPU little, and the scores gain.
-        half = scheme == "bf16" or (self.device.type == "cuda" and scheme != "float32")
+        half = self.scheme == "bf16" or (self.device.type == "cuda" and self.scheme != "float32")
         self.dtype = torch.bfloat16 if half else torch.float32
         self._rotary = Rotary(checkpoint.config, self.device)
 
@@ -86,7 +67,7 @@ class QuantizedRewardModel:
     def from_pretrained(
         cls,
         source: str | Path | Checkpoint,
-        scheme: str = "int8",
+        scheme: str | None = None,
         *,
         skip: Sequence[str] = ("score",),
         keep_bf16: Sequence[str] = (),
@@ -98,7 +79,9 @@ class QuantizedRewardModel:
     ) -> "QuantizedRewardModel":
         """A local directory, hub id or `Checkpoint.of(model)`, quantized a layer at a time.
 
-        scheme is `int8`, `nf4`, `int4`, `fp8`, or `bf16` or `float32`, which quantize nothing. skip
+        A directory that `save_pretrained` wrote is taken as it is, and any setting that would
+        change it is an error. For others scheme is `int8` (the default), `nf4`, `int4`, `fp8`, or
+        `bf16` or `float32`, which quantize nothing. skip
         names linear layers that stay as they are stored, keep_bf16 those that are held in bf16, by
         patterns for runs of whole parts of their names: `layers.0`, `down_proj`, `layers.*.mlp`.
         smooth is calibration data, texts or token ids: outliers among the channels of activations
@@ -110,22 +93,30 @@ class QuantizedRewardModel:
         unknown backbone, tensors that are missing, misshapen, NaN or infinite; `ValueError` for an
         unknown scheme, patterns that match no layer, and options that do not fit.
         """
-        plan = Plan(scheme, tuple(skip), tuple(keep_bf16), options)
+        plan = Plan(scheme or "int8", tuple(skip), tuple(keep_bf16), options)
         plan.check()
-        if smooth is not None and scheme not in QUANTIZED:
+        if smooth is not None and plan.scheme not in QUANTIZED:
             raise ValueError(f"smooth has no use with scheme={scheme!r}: nothing is quantized")
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-        plan.check_patterns(checkpoint.spec.linears())
         tokenizer = tokenizer or checkpoint.tokenizer()
-        calibration = None
-        with torch.no_grad():
-            if smooth is not None:
-                calibration = _calibration(checkpoint, smooth, tokenizer)
-            layers = build_layers(checkpoint, plan, calibration, torch.device(device))
+        at = torch.device(device)
+        if checkpoint.saved is not None:
+            given = {"skip": plan.skip != ("score",), "keep_bf16": bool(keep_bf16)}
+            given |= {"smooth": smooth is not None, **dict.fromkeys(options, True)}
+            layers = saved_layers(checkpoint, check_section(checkpoint, scheme, given), at)
+            recorded = checkpoint.saved
+        else:
+            plan.check_patterns(checkpoint.spec.linears())
+            calibration = None
+            with torch.no_grad():
+                if smooth is not None:
+                    calibration = calibrate(checkpoint, smooth, tokenizer)
+                layers = build_layers(checkpoint, plan, calibration, at)
+            recorded = section(plan, None if calibration is None else calibration.tokens)
         return cls(
             checkpoint,
             layers,
-            scheme,
+            recorded,
             tokenizer=tokenizer,
             device=device,
             batch_tokens=batch_tokens,
@@ -153,16 +144,42 @@ class QuantizedRewardModel:
             checkpoint = Checkpoint(config, source, "the state dict")
         else:
             checkpoint = Checkpoint.open(source)
+        if checkpoint.saved is not None:
+            raise RewardModelError(
+                f"{checkpoint.source} was quantized by fastrl, not bitsandbytes; use "
+                "from_pretrained"
+            )
         layers = bitsandbytes_layers(checkpoint, torch.device(device))
-        schemes = {getattr(x.weight, "scheme", "") for y in layers for x in y.linears.values()}
+        weights = {f"layers.{y.index}.{n}": x.weight for y in layers for n, x in y.linears.items()}
+        schemes = {w.scheme for w in weights.values() if isinstance(w, QuantizedWeight)}
+        left = [n for n, w in weights.items() if not isinstance(w, QuantizedWeight)]
         return cls(
             checkpoint,
             layers,
-            "+".join(sorted(schemes - {""})),
+            section(Plan("+".join(sorted(schemes)), ("score", *left)), None),
             tokenizer=tokenizer or checkpoint.tokenizer(),
             device=device,
             batch_tokens=batch_tokens,
         )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a directory that `from_pretrained` and `fastrl score` read, to the same scores.
+
+        It holds the weights as they are held (`nbytes` and little else), Hugging Face's config.json
+        with scheme, skip, keep_bf16, options and smoothing in its section quantization_config, and
+        the tokenizer. It appears whole or not at all. Raises `ValueError` where something is there
+        already, `WriteError` where it cannot be written.
+        """
+        ends = self._ends
+        tensors = {
+            "model.embed_tokens.weight": ends.embedding,
+            "model.norm.weight": ends.norm,
+            "score.weight": ends.head,
+        }
+        for layer in self.layers:
+            tensors |= layer_tensors(layer)
+        folder = Path(path).expanduser().absolute()
+        save(folder, self.config, self.recorded, tensors, self.tokenizer)
 
     def fingerprint(self) -> str:
         """Of scheme and weights: the same for models that give the same scores."""
@@ -209,17 +226,38 @@ class QuantizedRewardModel:
         """`score` of token ids that were checked."""
         scores = torch.empty(len(pairs), self.spec.scores)
         for rows, batch in pack(pairs, self.batch_tokens, share_prompts=share_prompts):
-            batch = batch.to(self.device)
-            found = self.run(batch).cpu()
-            finite = found.isfinite().all(1)
-            if not finite.all():
-                row = rows[int(finite.logical_not().nonzero()[0])]
-                raise RewardModelError(
-                    f"{self.source}: the score of pair {row} is not finite; "
-                    f"{self._overflow(batch)} (scheme={self.scheme!r}, activations {self.dtype})"
-                )
-            scores[rows] = found
+            scores[rows] = self._finite(rows, batch)
         return scores.squeeze(1) if self.spec.scores == 1 else scores
+
+    @torch.no_grad()
+    def score_tokens(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """What the head makes of every completion token, `[C]` of each pair, or `[C, K]`.
+
+        Each is the score of its pair cut off after that token, and as independent of the batch.
+        Of token ids that were checked; raises `RewardModelError` as `score` does.
+        """
+        scores = [torch.empty(0)] * len(pairs)
+        for rows, batch in pack(pairs, self.batch_tokens, every_token=True):
+            lengths = [len(pairs[row].completion) for row in rows]
+            of_token = [row for row, n in zip(rows, lengths, strict=True) for _ in range(n)]
+            found = self._finite(of_token, batch)
+            found = found.squeeze(1) if self.spec.scores == 1 else found
+            for row, some in zip(rows, found.split(lengths), strict=True):
+                scores[row] = some
+        return scores
+
+    def _finite(self, rows: Sequence[int], batch: Batch) -> Tensor:
+        """`run` on the CPU; raises `RewardModelError` naming the pair whose score is not finite."""
+        batch = batch.to(self.device)
+        found = self.run(batch).cpu()
+        finite = found.isfinite().all(1)
+        if not finite.all():
+            row = rows[int(finite.logical_not().nonzero()[0])]
+            raise RewardModelError(
+                f"{self.source}: the score of pair {row} is not finite; "
+                f"{self._overflow(batch)} (scheme={self.scheme!r}, activations {self.dtype})"
+            )
+        return found
 
     def run(
         self, batch: Batch, *, last_layer: str = "pooled", observe: Observe | None = None
@@ -272,48 +310,3 @@ class QuantizedRewardModel:
 
         reward.__name__ = name
         return reward
-
-
-class Rotary:
-    """Cosines and sines of positions, in a table that grows."""
-
-    def __init__(self, config: Any, device: torch.device):
-        self._config, self._device = config, device
-        self._table = (torch.empty(0), torch.empty(0))
-
-    def __call__(self, positions: Tensor) -> Angles:
-        needed = int(positions.max()) + 1
-        if needed > len(self._table[0]):
-            count = max(256, 1 << (needed - 1).bit_length())
-            cos, sin = rotary(self._config, count)
-            self._table = (cos.to(self._device), sin.to(self._device))
-        return Angles(*(x[positions].unsqueeze(1) for x in self._table))
-
-
-def embed(embedding: Tensor, batch: Batch, spec: Spec, dtype: torch.dtype) -> Tensor:
-    """The states `[T, H]` that enter the first layer."""
-    x = embedding[batch.ids].to(dtype)
-    return x if spec.embedding_scale == 1.0 else x * torch.tensor(spec.embedding_scale).to(x)
-
-
-def _calibration(
-    checkpoint: Checkpoint, texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None
-) -> Calibration:
-    if isinstance(texts, str) or not len(texts):
-        raise ValueError("smooth must be a sequence of at least one text or list of token ids")
-    used, tokens, known = list[Pair](), 0, dict[str, Ids]()
-    for i, text in enumerate(texts):
-        try:
-            pair = encode_pair(text, "" if isinstance(text, str) else [], tokenizer, known)
-            check_pair(pair, checkpoint.spec.vocabulary, checkpoint.spec.context)
-        except ValueError as error:
-            raise ValueError(f"smooth[{i}]: {error}") from None
-        tokens += len(pair.prompt)
-        if used and tokens > CALIBRATION_TOKENS:
-            break
-        used.append(pair)
-    _, batch = next(pack(used, LARGEST))
-    cpu = torch.device("cpu")
-    table = Rotary(checkpoint.config, cpu)
-    hidden = embed(Ends.read(checkpoint, cpu).embedding, batch, checkpoint.spec, torch.float32)
-    return Calibration(batch, hidden, table(batch.layout.positions(len(batch.ids))))

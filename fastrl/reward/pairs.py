@@ -113,12 +113,16 @@ def check_pair(pair: Pair, vocabulary: int, context: int | None) -> None:
 
 
 def pack(
-    pairs: Sequence[Pair], batch_tokens: int, *, share_prompts: bool = True
+    pairs: Sequence[Pair],
+    batch_tokens: int,
+    *,
+    share_prompts: bool = True,
+    every_token: bool = False,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Rows and their packed batch, of at most `batch_tokens` tokens unless one pair has more.
 
     Pairs with equal prompts are a group wherever they stand; one that is too large is taken in
-    pieces.
+    pieces. A row's last token is pooled or, with every_token, all tokens of its completion.
     """
     groups: dict[Any, list[int]] = {}
     for row, pair in enumerate(pairs):
@@ -134,17 +138,19 @@ def pack(
             if tokens and tokens + more > batch_tokens:
                 if piece:
                     batch.append(piece)
-                yield _packed(pairs, batch)
+                yield _packed(pairs, batch, every_token)
                 batch, piece, tokens = [], [], 0
                 more = prompt + size
             piece.append(row)
             tokens += more
         batch.append(piece)
     if batch:
-        yield _packed(pairs, batch)
+        yield _packed(pairs, batch, every_token)
 
 
-def _packed(pairs: Sequence[Pair], groups: Sequence[Sequence[int]]) -> tuple[list[int], Batch]:
+def _packed(
+    pairs: Sequence[Pair], groups: Sequence[Sequence[int]], every_token: bool
+) -> tuple[list[int], Batch]:
     layout = GroupLayout.from_lengths(
         [len(pairs[g[0]].prompt) for g in groups],
         [[len(pairs[row].completion) for row in g] for g in groups],
@@ -155,12 +161,13 @@ def _packed(pairs: Sequence[Pair], groups: Sequence[Sequence[int]]) -> tuple[lis
         for part in (pairs[g[0]].prompt, *(pairs[r].completion for r in g))
         for t in part
     ]
-    pooled, at = [], 0
+    pooled, at = list[int](), 0
     for g in groups:
         at += len(pairs[g[0]].prompt)
         end_of_prompt = at - 1
         for row in g:
-            at += len(pairs[row].completion)
-            pooled.append(at - 1 if pairs[row].completion else end_of_prompt)
+            start, at = at, at + len(pairs[row].completion)
+            last = at - 1 if pairs[row].completion else end_of_prompt
+            pooled += range(start, at) if every_token else [last]
     rows = [row for g in groups for row in g]
-    return rows, Batch(torch.tensor(ids), layout, torch.tensor(pooled))
+    return rows, Batch(torch.tensor(ids), layout, torch.tensor(pooled, dtype=torch.int64))

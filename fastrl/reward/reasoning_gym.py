@@ -2,12 +2,14 @@
 
 import difflib
 import random
+import string
 from collections.abc import Callable
 from typing import Any
 
 from fastrl import installation
 
 Problem = dict[str, Any]
+KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 
 def _create(task: str, **arguments: Any):
@@ -43,19 +45,21 @@ def _render(template: str, entry: Problem) -> str:
 
 
 def ranking(answer: str, count: int, seed: int) -> list[str]:
-    """The answer and ever worse copies of it: in the k-th, k more characters are wrong.
+    """The answer and ever worse copies of it: in the k-th, k characters are wrong.
 
-    Wrong characters come from the answer and from digits, so that a copy looks like an answer; an
-    answer with fewer characters than are to be wrong grows by wrong ones.
+    Wrong characters are of the kinds that the answer has (digits where it has neither digits nor
+    letters) and differ by more than case, so that a copy looks like an answer and no verifier takes
+    it for one; an answer with fewer characters than are to be wrong grows by wrong ones.
     """
     chance = random.Random(f"{seed} {answer}")
-    alphabet = sorted(set(answer) | set("0123456789"))
+    kinds = [kind for kind in KINDS if set(kind) & set(answer)] or KINDS[:1]
+    alphabet = sorted(set(answer).union(*kinds))
     out, text = [answer], list(answer)
     places = chance.sample(range(len(text)), min(len(text), count - 1))
     for k in range(count - 1):
         if k < len(places):
             at = places[k]
-            text[at] = chance.choice([c for c in alphabet if c != text[at]])
+            text[at] = chance.choice([c for c in alphabet if c.lower() != text[at].lower()])
         else:
             text.append(chance.choice(alphabet))
         out.append("".join(text))

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastrl.reward.build import CALIBRATION_TOKENS
 from fastrl.reward.checkpoint import Checkpoint
 from fastrl.reward.ensemble import combine
-from fastrl.reward.model import CALIBRATION_TOKENS, QuantizedRewardModel
+from fastrl.reward.model import QuantizedRewardModel
 from fastrl.reward.pairs import Ids, Pair, encode_pair
 
 WINDOW = 8  # batches between two writes
@@ -29,7 +30,7 @@ class Line(NamedTuple):
 
 def load_scorer(
     path: str,
-    scheme: str,
+    scheme: str | None,
     keep_bf16: Sequence[str],
     smooth: Path | None,
     device: str,

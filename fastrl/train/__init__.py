@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from fastrl.train.data import DataError
     from fastrl.train.interrupts import Interrupted
     from fastrl.train.loop import TrainingError, resume, run
+    from fastrl.train.report import read_metrics, write_report
 
 LATER = {
     "CheckpointError": "checkpoints",
     "DataError": "data",
     "Interrupted": "interrupts",
     "TrainingError": "loop",
+    "read_metrics": "report",
     "resume": "loop",
     "run": "loop",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -30,9 +33,11 @@ __all__ = [
     "TrainingError",
     "load_recipe",
     "parse_config",
+    "read_metrics",
     "resume",
     "run",
     "shipped_recipes",
+    "write_report",
 ]
 
 

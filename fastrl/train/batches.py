@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from fastrl.kernels import LogProbs
 from fastrl.models import (
-    Level,
     completion_logprobs,
-    completion_scores,
     group_logprobs,
     group_rows,
 )
@@ -59,6 +57,13 @@ class Batch:
             if isinstance(value, Tensor)
         }
         return replace(self, prompt_ids=[self.prompt_ids[i] for i in rows.tolist()], **tensors)
+
+    def by_prompt(self) -> "Batch":
+        """The same rows, those of equal prompts next to each other."""
+        first: dict[tuple[int, ...], int] = {}
+        of_prompt = [first.setdefault(tuple(p), row) for row, p in enumerate(self.prompt_ids)]
+        order = sorted(range(len(of_prompt)), key=of_prompt.__getitem__)
+        return self.select(torch.tensor(order, device=self.completion_mask.device))
 
     def micro_batches(
         self, size: int, *, shared_prefix: bool = False
@@ -116,16 +121,6 @@ class Batch:
             model, *self.completions, temperature=temperature, entropy=entropy
         )
 
-    def heads(self, model: nn.Module, level: Level = "sequence") -> Tensor:
-        """Scores of each of K heads: `[B, K]`, or at the levels of tokens `[B, T, K]`."""
-        scores = completion_scores(model, *self.completions, level=level)
-        single = scores.dim() == (1 if level == "sequence" else 2)
-        return scores.unsqueeze(-1) if single else scores
-
-    def scores(self, model: nn.Module, level: Level = "sequence") -> Tensor:
-        """Scores `[B]` or `[B, T]`; the mean of several heads."""
-        return self.heads(model, level).mean(-1)
-
     def frozen_logprobs(
         self, model: nn.Module, size: int, temperature: float = 1.0, *, shared_prefix: bool
     ) -> Tensor:
@@ -137,23 +132,16 @@ class Batch:
             shared_prefix=shared_prefix,
         )
 
-    def frozen_scores(self, model: nn.Module, size: int, level: Level = "sequence") -> Tensor:
-        """`scores` without gradients or dropout, at most `size` rows at a time."""
-        per_row = level == "sequence"
-        return self.frozen_figures(
-            model, size, lambda part: part.scores(model, level), per_row=per_row
-        )
-
     def frozen_figures(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         size: int,
         compute: Callable[["Batch"], Tensor],
         *,
         per_row: bool = False,
         shared_prefix: bool = False,
     ) -> Tensor:
-        """Figures `[B, T]`, or `[B]` if per_row, of a model without gradients or dropout.
+        """Figures `[B, T]`, or `[B]` if per_row, of a model, if any, without gradients or dropout.
 
         compute makes them of at most `size` rows at a time; processes share the work.
         """
@@ -170,13 +158,15 @@ class Batch:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module | None) -> Iterator[None]:
     """Without gradients or dropout."""
-    was_training = model.training
-    model.eval()
+    was_training = model is not None and model.training
+    if model is not None:
+        model.eval()
     with torch.no_grad():
         yield
-    model.train(was_training)
+    if model is not None:
+        model.train(was_training)
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

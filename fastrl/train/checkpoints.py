@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastrl.files import write_folder, write_whole
 from fastrl.train import config as cfg
 from fastrl.train import parallel
 from fastrl.train.optimizer import Optimizer
@@ -79,56 +78,6 @@ def check_inputs(folder: Path, config: cfg.Config) -> None:
         raise CheckpointError(
             f"{', '.join(changed)} changed since the run began; a resumed run would be another one"
         )
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name, sync it, then rename it into place."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a temporary folder, sync all of it, then rename it to `folder`.
-
-    Raises `CheckpointError` where writing fails (a full disk, say); whatever was at `folder` stays
-    as it was.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        fill(temporary)
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        previous = folder.with_name(f".{folder.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        if folder.exists():
-            folder.rename(previous)
-        temporary.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write {str(folder)!r}: {error}; what was saved before is untouched"
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

@@ -16,7 +16,15 @@ from pydantic import (
 
 from fastrl.choices import Parallel
 from fastrl.train.section import Section
-from fastrl.train.stages import ALGORITHMS, PRESETS, PolicyGradient, Stage
+from fastrl.train.stages import (
+    ALGORITHMS,
+    PRESETS,
+    Ensemble,
+    PolicyGradient,
+    Scheme,
+    ScorerKind,
+    Stage,
+)
 
 
 class ConfigError(ValueError):
@@ -172,10 +180,13 @@ class Reward(Section):
         "", description="import path module:function, or reasoning_gym for the task's verifier"
     )
     model: str | None = Field(None, description="local Hugging Face directory or hub id")
-    scheme: Literal["int8", "nf4", "int4", "fp8", "bf16", "float32"] = "int8"
+    scheme: Scheme | None = Field(None, description="default: int8, or what the model was saved in")
     keep_bf16: tuple[str, ...] = Field((), description="the model's linear layers left in bf16")
-    ensemble: Literal["mean", "worst_case", "uncertainty"] | None = Field(
+    ensemble: Ensemble | None = Field(
         None, description="how the heads of a model with several become one reward"
+    )
+    variance_weight: float = Field(
+        0.5, ge=0, description="with ensemble=uncertainty: mean - variance_weight * variance"
     )
     weight: float = 1.0
     threshold: float | None = Field(
@@ -192,8 +203,10 @@ class Reward(Section):
     def _one_source(self):
         if bool(self.function) == (self.model is not None):
             raise ValueError("give either function or model")
-        if self.model is None and (self.scheme != "int8" or self.keep_bf16 or self.ensemble):
+        if self.model is None and (self.scheme or self.keep_bf16 or self.ensemble):
             raise ValueError("scheme, keep_bf16 and ensemble go with model")
+        if self.variance_weight != 0.5 and self.ensemble != "uncertainty":
+            raise ValueError("variance_weight goes with ensemble=uncertainty")
         return self
 
 
@@ -254,7 +267,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _stages_fit_together(self):
         dropout = self.model.lora is not None and self.model.lora.dropout > 0
-        trained: set[str] = set()
+        trained: dict[str, tuple[int, ScorerKind]] = {}
+        stage: Any
         for i, (name, stage) in enumerate(self.stages.items()):
             if dropout and isinstance(stage, PolicyGradient) and stage.updates_per_batch > 1:
                 raise ValueError(
@@ -271,12 +285,31 @@ class Config(Section):
                     f"stages.{name}.reward={source!r} is neither functions nor a scoring model "
                     f"that an earlier stage trains ({', '.join(sorted(trained)) or 'none does'})"
                 )
+            heads, kind = trained.get(source or "", (1, stage.scorer_kind))
+            if kind == "likelihood" and getattr(stage, "scheme", None) is not None:
+                raise ValueError(
+                    f"stages.{name}.scheme={stage.scheme!r} has no effect on a likelihood, which "
+                    "has no quantized forward; leave it out"
+                )
+            if heads == 1 and getattr(stage, "ensemble", "mean") != "mean":
+                raise ValueError(
+                    f"stages.{name}.ensemble={stage.ensemble!r} has no effect: {source!r} has one "
+                    "head; train it with heads of 2 or more"
+                )
             if stage.earlier is not None and stage.earlier not in list(self.stages)[: i + 1]:
                 raise ValueError(
                     f"stages.{name}.initial={stage.earlier!r} is not one of the stages up to it: "
                     f"{', '.join(list(self.stages)[: i + 1])}"
                 )
-            trained |= stage.scorers.keys()
+            for network, count in stage.scorers.items():
+                if stage.scorer_kind == "likelihood" and count > 1:
+                    raise ValueError(f"stages.{name}.heads={count}: a likelihood has one; use 1")
+                made = (count, stage.scorer_kind)
+                if trained.setdefault(network, made) != made:
+                    raise ValueError(
+                        f"stages.{name} goes on with the scoring model {network!r} of an earlier "
+                        "stage; its number of heads and its backbone must be the same there"
+                    )
         names = [r.source for r in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards names a function twice: {', '.join(names)}")

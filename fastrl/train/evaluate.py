@@ -15,8 +15,9 @@ def evaluate(context: Context) -> tuple[dict[str, float], Scored | None]:
     """Held-out figures of what a stage trains, and the completions that they come from.
 
     Of the policy reward and accuracy of greedy completions, and for sft the NLL; accuracy is the
-    share of completions that the first reward function gives at least 1. Of a reward model the
-    share of held-out rankings whose best completion it prefers to the worst.
+    share of completions that the first reward function gives at least 1, and left out where all
+    rewards are models' scores. Of a reward model the share of held-out rankings whose best
+    completion it prefers to the worst.
     """
     setup, stage = context.setup, context.stage
     metrics: dict[str, float] = {}
@@ -33,9 +34,10 @@ def evaluate(context: Context) -> tuple[dict[str, float], Scored | None]:
         rollouts = context.sample(setup.held_out, 0, greedy=True)
         scored = context.score(setup.held_out, rollouts)
         assert scored is not None
-        first = next(iter(scored.parts.values()))
         metrics["eval/reward"] = sum(scored.total) / len(scored.total)
-        metrics["eval/accuracy"] = sum(s >= 1 - 1e-6 for s in first) / len(first)
+        if setup.rewards.verifier is not None:
+            verdicts = scored.parts[setup.rewards.verifier]
+            metrics["eval/accuracy"] = sum(s >= 1 - 1e-6 for s in verdicts) / len(verdicts)
     for network in setup.networks.values():
         network.train()
     return metrics, scored
@@ -60,6 +62,8 @@ def _pair_accuracy(context: Context) -> float:
     batch = rankings(context, held_out, margin)
     right = sum(
         float(ranking_loss(context, part)[1]["accuracy"]) * len(part.prompt_ids) * counts
-        for part, counts in batch.micro_batches(stage.micro_batch_size)
+        for part, counts in batch.micro_batches(
+            stage.micro_batch_size, shared_prefix=context.shared_prefix
+        )
     )
     return sum(parallel.gather(right)) / len(batch.prompt_ids)

@@ -1,26 +1,23 @@
 """The training loop: checked settings in, a run folder out; read it from top to bottom."""
 
-import copy
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
-from fastrl import models
+from fastrl.files import write_whole
 from fastrl.train import checkpoints, parallel
-from fastrl.train.algorithms import STEPS, Context, stream_seed
+from fastrl.train.algorithms import STEPS, stream_seed
+from fastrl.train.begin import Work, add_scorers, begin, like_policy, save_final
 from fastrl.train.checkpoints import Progress
 from fastrl.train.config import Config
 from fastrl.train.evaluate import evaluate
 from fastrl.train.interrupts import interrupts
-from fastrl.train.optimizer import Optimizer
-from fastrl.train.setup import Setup, add_scorer, load_policy, prepare
-from fastrl.train.stages import Distillation, Stage
+from fastrl.train.setup import Setup, prepare
 from fastrl.train.tracking import Tracker
 from fastrl.train.update import Update, apply, merge
 
@@ -38,8 +35,8 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
     (the policy in Hugging Face format) and final-NAME/ of each scoring model. Processes that
     torchrun started train together, and the first one writes; all have to see the folder. Raises
     `ConfigError`, `DataError`, `RewardError` or `ValueError` for settings that cannot work, before
-    the folder is made; `CheckpointError` for a folder that exists or a disk that is full;
-    `TrainingError` after three non-finite steps in a row; `Interrupted` at Ctrl-C, after
+    the folder is made; `CheckpointError` for a folder that exists, `WriteError` for a disk that is
+    full; `TrainingError` after three non-finite steps in a row; `Interrupted` at Ctrl-C, after
     the step under way and with a checkpoint of it; at a second one, and of several processes, at
     once and without.
     """
@@ -74,7 +71,7 @@ def resume(folder: Path | str, console: Console | None = None) -> Path:
         if checkpoint is not None:
             names = list(config.stages)
             for name in names[: names.index(progress.stage) + 1]:
-                _add_scorers(setup, config.stages[name])
+                add_scorers(setup, config.stages[name])
             for name, network in setup.networks.items():
                 weights = checkpoints.trainable(network)
                 checkpoints.load_weights(weights, checkpoint / f"{name}.safetensors")
@@ -98,7 +95,7 @@ def _train(
                 progress = replace(progress, stage=name, stage_step=0, skipped_in_a_row=0)
             if progress.stage_step == stage.steps:
                 continue
-            work = _begin(setup, stage, name, folder, checkpoint if continued else None)
+            work = begin(setup, stage, name, folder, checkpoint if continued else None)
             tracker.start_stage(name, progress.stage_step, stage.steps)
             while progress.stage_step < stage.steps:
                 progress = _step(work, progress, tracker, folder)
@@ -112,120 +109,8 @@ def _train(
                 if stop:
                     raise KeyboardInterrupt
         for name, network in setup.networks.items():
-            _save_final(setup, network, folder / ("final" if name == "policy" else f"final-{name}"))
+            save_final(setup, name, network, folder)
     return folder
-
-
-def _save_final(setup: Setup, network: nn.Module, folder: Path) -> None:
-    with parallel.whole(network) as model:
-
-        def fill(path: Path) -> None:
-            if isinstance(model, models.ValueHead):
-                checkpoints.save_weights(checkpoints.trainable(model), path / "model.safetensors")
-            else:
-                models.save_pretrained(model, setup.tokenizer, path)
-
-        parallel.first(lambda: checkpoints.write_folder(folder, fill))
-
-
-@dataclass
-class Work:
-    """A stage under way: what its algorithm sees, and the optimizers of the networks it trains."""
-
-    context: Context
-    optimizers: dict[str, Optimizer]
-
-    def weights(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds: all that training changed, by network."""
-        setup, reference = self.context.setup, self.context.reference
-        out = {name: checkpoints.trainable(n) for name, n in setup.networks.items()}
-        if reference is not None and getattr(self.context.stage, "reference_every", None):
-            out["reference"] = _like(reference, setup.policy)
-        return out
-
-
-def _begin(setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path | None) -> Work:
-    """A stage's networks, frozen policies and optimizers, new or as a checkpoint left them."""
-    seed = stream_seed(setup.config.seed, name)
-    if checkpoint is None:
-        _add_scorers(setup, stage)
-        if stage.reference or name in _needed_later(setup.config):
-            weights = parallel.collect(checkpoints.trainable(setup.policy))
-
-            def fill(path: Path) -> None:
-                checkpoints.save_weights(weights, path / "policy.safetensors")
-
-            parallel.first(lambda: checkpoints.write_folder(folder / f"begin-{name}", fill))
-    reference = earlier = None
-    if isinstance(stage, Distillation) and stage.teacher is not None:
-        teacher: nn.Module = models.load_model(stage.teacher)
-        reference = parallel.distribute(_frozen(teacher.to(setup.device)), setup.config.parallel)
-    elif stage.reference:
-        reference = _as_it_was(setup, folder, name)
-    origin = _earlier(setup.config, name)
-    if origin is not None:
-        earlier = _as_it_was(setup, folder, origin)
-    if checkpoint is None and isinstance(stage, Distillation) and stage.teacher is None:
-        fresh = checkpoints.trainable(load_policy(setup.config, setup.tokenizer)[0])
-        for key, parameter in checkpoints.trainable(setup.policy).items():
-            parameter.copy_(parallel.like(fresh[key], parameter))
-        setup.engine.weights_changed()
-    optimizers = {}
-    for network in [*(["policy"] if stage.trains_policy else []), *stage.scorers]:
-        settings = getattr(stage, f"{network}_optimizer", stage.optimizer)
-        optimizers[network] = Optimizer(setup.networks[network], settings, stage.steps)
-    if checkpoint is not None:
-        for network, optimizer in optimizers.items():
-            checkpoints.load_optimizer(checkpoint, network, optimizer)
-        refreshed = checkpoint / "reference.safetensors"
-        if reference is not None and refreshed.is_file():
-            checkpoints.load_weights(_like(reference, setup.policy), refreshed)
-    return Work(Context(setup, stage, seed, reference, earlier), optimizers)
-
-
-def _add_scorers(setup: Setup, stage: Stage) -> None:
-    for network, heads in stage.scorers.items():
-        if network in setup.networks:
-            continue
-        if stage.value_head:
-            setup.networks[network] = models.ValueHead(setup.policy)
-        else:
-            add_scorer(setup, network, heads, stream_seed(setup.config.seed, network))
-
-
-def _earlier(config: Config, name: str) -> str | None:
-    """The stage at whose beginning the policy is needed in this one."""
-    stage = config.stages[name]
-    return stage.earlier or next(iter(config.stages)) if stage.needs_earlier else None
-
-
-def _needed_later(config: Config) -> set[str | None]:
-    return {_earlier(config, name) for name in config.stages}
-
-
-def _as_it_was(setup: Setup, folder: Path, name: str) -> nn.Module:
-    """A frozen copy of the policy as it was when a stage began.
-
-    Parameters that never train are shared, unless each process has only a part of them.
-    """
-    setup.policy.zero_grad()  # gradients would be copied along
-    with parallel.whole(setup.policy) as policy:
-        frozen = (p for p in policy.parameters() if not p.requires_grad)
-        kept = {id(p): p for p in frozen if policy is setup.policy}
-        model = copy.deepcopy(policy, kept)
-    path = folder / f"begin-{name}" / "policy.safetensors"
-    checkpoints.load_weights(checkpoints.trainable(model), path)
-    return parallel.distribute(_frozen(model), setup.config.parallel)
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    return model.eval().requires_grad_(False)
-
-
-def _like(model: nn.Module, policy: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a copy of the policy that are trained in the policy."""
-    names = checkpoints.trainable(policy).keys()
-    return {n: p.detach() for n, p in model.named_parameters() if n in names}
 
 
 def _check_finite(setup: Setup, progress: Progress) -> None:
@@ -257,7 +142,7 @@ def _step(work: Work, progress: Progress, tracker: Tracker, folder: Path) -> Pro
             work.optimizers,
             stage.micro_batch_size,
             index,
-            shared_prefix=context.shared_prefix and "policy" in update.networks,
+            shared_prefix=context.shared_prefix,
         )
         learning += time.perf_counter() - begun
         logged.append({**update.metrics, **figures})
@@ -294,7 +179,7 @@ def _refresh(work: Work, index: int) -> None:
     every = getattr(context.stage, "reference_every", None)
     if context.reference is None or every is None or index == 0 or index % every:
         return
-    for name, parameter in _like(context.reference, context.setup.policy).items():
+    for name, parameter in like_policy(context.reference, context.setup.policy).items():
         parameter.copy_(checkpoints.trainable(context.setup.policy)[name])
 
 
@@ -325,7 +210,7 @@ def _save_skipped(
         "grad_norm": str(norm),
         "samples": samples,
     }
-    parallel.first(lambda: checkpoints.write_whole(path, json.dumps(report, indent=1).encode()))
+    parallel.first(lambda: write_whole(path, json.dumps(report, indent=1).encode()))
     if progress.skipped_in_a_row >= MAX_SKIPPED:
         raise TrainingError(
             f"{MAX_SKIPPED} steps in a row had a non-finite loss or gradient and were not applied "

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastrl.train.checkpoints import CheckpointError, open_run, write_whole
+from fastrl.files import write_whole
+from fastrl.train.checkpoints import CheckpointError, open_run
 from fastrl.train.recipe import dump_config
 from fastrl.train.tracking import read_jsonl
 
@@ -56,7 +57,11 @@ SUMMARY = (
 )
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, one row a step.
+
+    Raises `CheckpointError` if it has none.
+    """
     rows = read_jsonl(run / "metrics.jsonl")
     if not rows:
         raise CheckpointError(f"run {str(run)!r} has no metrics yet; nothing to report")
@@ -65,7 +70,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 def summarise(run: Path) -> list[list[str]]:
     """One row per stage: steps, minutes, tokens per second, first and last accuracy and reward."""
-    rows = _metrics(run)
+    rows = read_metrics(run)
     out = []
     for stage in dict.fromkeys(r["stage"] for r in rows):
         mine = [r for r in rows if r["stage"] == stage]
@@ -105,7 +110,7 @@ def draw_curves(run: Path) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = _metrics(run)
+    rows = read_metrics(run)
     names = {k for r in rows for k, v in r.items() if k not in LEFT_OUT and v is not None}
     ordered = [n for n in FIRST if n in names] + sorted(names - set(FIRST))
     columns = 3

@@ -30,6 +30,14 @@ class RewardSum:
 
     functions: dict[str, tuple[RewardFunction, Reward]]
 
+    @property
+    def verifier(self) -> str | None:
+        """The first that says what is right by 1: a function, or a model's score at a threshold."""
+        for name, (_, reward) in self.functions.items():
+            if reward.model is None or reward.threshold is not None:
+                return name
+        return None
+
     def score_rollouts(
         self, examples: Sequence[Example], rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase
     ) -> Scored:

@@ -1,5 +1,6 @@
 """Everything that a recipe names, loaded and checked before any work is done."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,25 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrl import models
 from fastrl.kernels import IMPLEMENTATIONS, native
-from fastrl.reward import QuantizedRewardModel, RewardFunction, load_reward_function
+from fastrl.models.head import unwrap
+from fastrl.reward import (
+    QuantizedRewardModel,
+    RewardFunction,
+    RewardModelError,
+    load_reward_function,
+)
+from fastrl.reward.checkpoint import Spec
 from fastrl.reward.reasoning_gym import verifier
 from fastrl.rollout import Engine, RolloutEngine, VllmEngine
 from fastrl.train import data, parallel
 from fastrl.train.config import Config, ConfigError, Reward
 from fastrl.train.rewards import RewardSum
-from fastrl.train.stages import SPIN, PolicyGradient, Preference
+from fastrl.train.stages import SPIN, AfD, PolicyGradient, Preference
+from fastrl.train.stages import Reward as RewardStage
 from fastrl.train.tracking import check_trackers
 
-# The stages whose log-probs are of groups that have a prompt in common.
-SHARED = (PolicyGradient, Preference, SPIN)
+# The stages whose log-probs or scores are of groups that have a prompt in common.
+SHARED = (PolicyGradient, Preference, SPIN, RewardStage, AfD)
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,12 @@ def prepare(config: Config) -> Setup:
         ids = [e.completion_ids or [] for e in trial]
         rewards.score(trial, tokenizer.batch_decode(ids, skip_special_tokens=True))
     model, device = load_policy(config, tokenizer)
-    for stage in config.stages.values():
-        for name in () if stage.value_head else stage.scorers:
-            check_scorer(model, name)
+    stage: Any
+    for name, stage in config.stages.items():
+        for network in stage.scorers if stage.scorer_kind == "separate" else ():
+            check_scorer(model, network)
+        if getattr(stage, "scheme", None) is not None:
+            check_scheme(model, f"stages.{name}.scheme={stage.scheme!r}")
     context = getattr(models.backbone(model).config, "max_position_embeddings", None)
     for examples, source in ((train, "training data"), (held_out, "held-out data")):
         data.check_context(examples, config.max_completion_length, context, source)
@@ -90,19 +102,38 @@ def check_scorer(model: nn.Module, name: str) -> None:
         raise ConfigError(f"the scoring model {name!r} cannot be made: {error}") from None
 
 
+def check_scheme(model: nn.Module, setting: str) -> None:
+    """Raise `ConfigError` where the policy's backbone has no quantized forward."""
+    try:
+        Spec.from_config(unwrap(model).config)
+    except RewardModelError as error:
+        raise ConfigError(f"{setting} cannot be: {error}") from None
+
+
 def add_scorer(setup: Setup, name: str, heads: int, seed: int) -> None:
     """A scoring model that starts from the policy as it is."""
     config = setup.config.model
-    pad = setup.tokenizer.pad_token_id
-    if pad is None:
-        pad = setup.tokenizer.eos_token_id
     with parallel.whole(setup.policy) as policy:
-        scorer = models.build_scorer(policy, pad, heads=heads, seed=seed)
+        scorer = models.build_scorer(policy, padding(setup), heads=heads, seed=seed)
     if config.lora is not None:
         scorer = models.add_lora(scorer, **config.lora.model_dump(), seed=seed, scores=True)
     if config.gradient_checkpointing:
         scorer.gradient_checkpointing_enable({"use_reentrant": False})
     setup.networks[name] = parallel.distribute(scorer.train(), setup.config.parallel)
+
+
+def add_likelihood(setup: Setup, name: str) -> None:
+    """A language model that is the policy as it is, and trains like it."""
+    setup.policy.zero_grad()  # gradients would be copied along
+    with parallel.whole(setup.policy) as policy:
+        model = copy.deepcopy(policy)
+    setup.networks[name] = parallel.distribute(model.train(), setup.config.parallel)
+
+
+def padding(setup: Setup) -> int:
+    """The id that stands for padding in a scoring model's config."""
+    pad = setup.tokenizer.pad_token_id
+    return setup.tokenizer.eos_token_id if pad is None else pad
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -190,6 +221,10 @@ def _reward_model(reward: Reward) -> RewardFunction:
         model = QuantizedRewardModel.from_pretrained(
             reward.model, reward.scheme, keep_bf16=reward.keep_bf16
         )
-        return model.as_reward_function(ensemble=reward.ensemble, name=Path(reward.model).name)
+        return model.as_reward_function(
+            ensemble=reward.ensemble,
+            variance_weight=reward.variance_weight,
+            name=Path(reward.model).name,
+        )
     except ValueError as error:
         raise ConfigError(f"reward model {reward.model!r}: {error}") from error

@@ -23,9 +23,10 @@ from rich.progress import (
 from rich.table import Table
 
 from fastrl import installation
+from fastrl.files import write_whole
 from fastrl.train import config as cfg
 from fastrl.train import parallel
-from fastrl.train.checkpoints import CheckpointError, write_whole
+from fastrl.train.checkpoints import CheckpointError
 from fastrl.train.rewards import Scored
 
 QUIET = 30.0  # seconds after which a console that shows no bar gets a line

@@ -7,7 +7,8 @@ An implementation is a module beside this one with two functions,
 
 Both parts of a query's attention, its prompt and its own segment, share one softmax: `out` and
 `lse` are of the two together, and that is all the backward needs of either. `rest` is what rounding
-took from `out`, a byte for each element, empty where nothing was rounded or no gradient is wanted.
+took from `out`, a byte for each element, empty where nothing was rounded, no gradient is wanted or
+the implementation has no use for it.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from fastrl.kernels.attention.layout import GroupLayout
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # head size of the GPU's kernels
-MODULES = {"cpu": "cpu", "triton": "triton_launch"}  # of each implementation
+MODULES = {"cpu": "cpu", "triton": "triton_launch", "flash": "flash"}  # of each implementation
 
 
 class Problem(NamedTuple):
@@ -60,7 +61,7 @@ def _implementation(impl: str):
 
 def _fake_forward(*arguments):
     p = Problem(*arguments)
-    rounds = p.differentiated and p.q.dtype != torch.float32
+    rounds = p.differentiated and p.q.dtype != torch.float32 and p.impl != "flash"
     return (
         p.q.new_empty(p.q.shape),
         p.q.new_empty(p.q.shape[:2], dtype=torch.float32),
@@ -88,6 +89,7 @@ def _fake_backward(*arguments):
 def _setup(ctx, inputs, output):
     ctx.settings = inputs[5:]
     ctx.save_for_backward(*inputs[:5], *output)
+    ctx.set_materialize_grads(False)  # a logsumexp that nobody uses costs nothing
 
 
 def _autograd(ctx, grad_out, grad_lse, _):

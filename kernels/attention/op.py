@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from fastrl.kernels.attention import library, reference
+from fastrl.kernels.attention import flash, library, reference
 from fastrl.kernels.attention.layout import GroupLayout
 from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
-HAS: tuple[str, ...] = ("cpu", "triton")
+HAS: tuple[str, ...] = ("cpu", "triton", "flash")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout) -> None:
@@ -71,6 +71,11 @@ def shared_prefix_attention(
     Raises `ValueError` for shapes, dtypes, layouts or values that do not fit and for an
     unavailable `impl`; on a GPU the contents of a layout are not read back, and wrong ones go
     unnoticed. There heads of more than 256 run on the reference.
+
+    `impl="flash"` is flash-attn's kernels where installed and PyTorch's otherwise, on a CPU too:
+    the two parts as two calls, merged by logsumexp in float32 (Hydragen, arXiv:2402.05099). It has
+    no window, a softcap with flash-attn alone, on a GPU no float32, and reads the layout back. A
+    GPU's results are rounded once more than those of the other kernels.
     """
     device = q.device.type
     if torch.is_autocast_enabled(device):
@@ -87,7 +92,12 @@ def shared_prefix_attention(
     too_wide = q.is_cuda and q.shape[2] > library.WIDEST
     if impl == "auto" and (q.dtype == torch.float64 or too_wide):
         impl = "reference"  # float64 is for the truth; no kernel computes in it
-    chosen = choose("shared_prefix_attention", impl, q.device, HAS)
+    has = HAS
+    if impl in ("auto", "flash") and (refusal := flash.refusal(q, softcap, window)) is not None:
+        if impl == "flash":
+            raise ValueError(f"impl='flash' {refusal}; another impl does it")
+        has = tuple(i for i in HAS if i != "flash")
+    chosen = choose("shared_prefix_attention", impl, q.device, has)
     with torch.autocast(device, enabled=False):
         if chosen == "reference":
             if not torch.compiler.is_compiling():

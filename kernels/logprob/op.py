@@ -11,6 +11,7 @@ from fastrl.kernels.logprob import (  # noqa: F401
     library,
     measured,
     parallel,
+    parallel_sample,
     reference,
 )
 from fastrl.kernels.logprob.reference import LogProbs, Samples
@@ -258,6 +259,7 @@ def linear_sample(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     impl: str = "auto",
+    tp_group: "dist.ProcessGroup | None" = None,
 ) -> Samples:
     """Draw one token per row from the lm-head's softmax, with its log-probability.
 
@@ -269,6 +271,12 @@ def linear_sample(
     (0 when greedy); untruncated_logprob `[M]` float32 under the untruncated one (at temperature 1
     when greedy). A DTensor weight or bias, as of linear_logprob, is gathered for the call. Raises
     `ValueError` for shapes, dtypes or values that do not fit and for an unavailable `impl`.
+
+    With `tp_group` each of its ranks gives its slice of weight `[V_r, H]` and bias, in the order of
+    the ranks and of any sizes, and the same of everything else. All ranks get the same token, of
+    the whole vocabulary, and log-probs: those of one process with all of weight, but where rounding
+    decides. Truncation is plain PyTorch then, whatever `impl` draws without, and holds the slice's
+    logits of as many rows as fit in 128 MB. Raises `ValueError` on every rank where they disagree.
     """
     _check_linear(hidden, weight, bias, softcap)
     if hidden.dim() != 2:
@@ -283,11 +291,29 @@ def linear_sample(
         raise ValueError(f"top_p={top_p} must lie in (0, 1]")
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p} must lie in [0, 1]")
-    weight, bias = parallel.whole("weight", weight), parallel.whole("bias", bias)
+    if tp_group is None:
+        weight, bias = parallel.whole("weight", weight), parallel.whole("bias", bias)
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"
     chosen = choose("linear_sample", impl, hidden.device, HAS["linear_sample"])
     with torch.autocast(hidden.device.type, enabled=False):
+        if tp_group is not None:
+            return parallel_sample.over_vocabulary(
+                linear_sample,
+                tp_group,
+                hidden,
+                weight,
+                seeds=seeds.long(),
+                positions=positions.long(),
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                bias=bias,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                impl=impl,
+            )
         if chosen != "reference":
             _check_kernel({"hidden": hidden, "weight": weight})
             drawn = torch.ops.fastrl.linear_sample(

@@ -1,5 +1,7 @@
 """linear_logprob on several processes: slices of the vocabulary, and weights sharded as DTensors.
 
+Of linear_sample see parallel_sample.py.
+
 Slices: rank r runs the op on its own and learns lse_r, entropy_r and, where it holds the target,
 logprob_r. With w_r = exp(lse_r - lse), the slice's share of the probability,
 
@@ -28,7 +30,8 @@ if dist.is_available():  # otherwise there are no DTensors
 IGNORED = -100  # on a slice; the caller's ignore_index may be an entry of the vocabulary
 
 
-def _gather(x: Tensor, group: "dist.ProcessGroup") -> list[Tensor]:
+def gather(x: Tensor, group: "dist.ProcessGroup") -> list[Tensor]:
+    """Every rank's `x`, in their order."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return parts
@@ -45,7 +48,7 @@ def _sum_of_ranks(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
     total = first if first.dtype == torch.float64 else first.float()
     for other in others:
         total = total + other
-    return torch.cat(_gather(total.to(x.dtype), group))[: x.numel()].view(x.shape)
+    return torch.cat(gather(total.to(x.dtype), group))[: x.numel()].view(x.shape)
 
 
 class _Replicated(torch.autograd.Function):
@@ -71,7 +74,7 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keep, owner, group, *mine):
         rank, dtype = dist.get_rank(group), mine[0].dtype
-        ranks = torch.stack(_gather(torch.stack(mine), group)).double()
+        ranks = torch.stack(gather(torch.stack(mine), group)).double()
         logprobs, lses = ranks[:, 0], ranks[:, 1]
         highest = lses.amax(0)
         lse = highest + torch.log(sum(torch.exp(lses - highest).unbind()))
@@ -97,7 +100,8 @@ class _Merge(torch.autograd.Function):
         return None, None, None, of_target, of_lse * w + of_target, *(g * w for g in grad_entropy)
 
 
-def _check_group(group: Any) -> None:
+def check_group(group: Any) -> None:
+    """Raise `ValueError` unless this process can talk to the others of `group`."""
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(f"tp_group={group} needs torch.distributed; call init_process_group first")
     if not isinstance(group, dist.ProcessGroup):
@@ -107,36 +111,44 @@ def _check_group(group: Any) -> None:
         )
 
 
+def alike(names: tuple[str, ...], values: Tensor, group) -> Tensor:
+    """What each rank says, `[ranks, names + 1]`: the same of each name, then its slice's entries.
+
+    Every rank raises what any rank has to: one that raised alone would leave the others waiting.
+    On a GPU the host waits for these few integers.
+    """
+    ranks = torch.stack(gather(values, group))
+    if torch.compiler.is_compiling():
+        return ranks  # the checks read values, which a compiled graph does not have
+    *same, sizes = ranks.T.tolist()
+    for name, said in zip(names, same, strict=True):
+        if len(set(said)) > 1:
+            raise ValueError(f"{name} must be the same on all ranks of tp_group, got {said}")
+    if min(sizes) == 0:
+        raise ValueError(f"each rank of tp_group must hold entries of weight, got V={sizes}")
+    return ranks
+
+
 def _ends(
     hidden: Tensor, weight: Tensor, target: Tensor, keep: Tensor, entropy: bool, group
 ) -> Tensor:
-    """Where each rank's slice ends, `[ranks]`, once all have been found to be called alike.
-
-    Every rank raises what any rank has to: one that raised alone would leave the others waiting.
-    On a GPU the host waits for these eight integers.
-    """
+    """Where each rank's slice ends, `[ranks]`, once all have been found to be called alike."""
     said = {
         "the rows of hidden": hidden.shape[:-1].numel(),
         "hidden's H": hidden.shape[-1],
         "the bytes of hidden's dtype": hidden.element_size(),
         "whether hidden requires a gradient": int(hidden.requires_grad),
         "entropy": int(entropy),
-        "weight's V": weight.shape[0],
     }
     bounds = pad(torch.where(keep, target, 0).reshape(-1), (0, 1)).aminmax()
-    known = torch.tensor(list(said.values()), device=target.device)
-    ranks = torch.stack(_gather(torch.cat([torch.stack(bounds), known]), group))
+    known = torch.tensor([*said.values(), weight.shape[0]], device=target.device)
+    names = ("the lowest target", "the highest target", *said)
+    ranks = alike(names, torch.cat([torch.stack(bounds), known]), group)
     ends = ranks[:, -1].cumsum(0)
     if torch.compiler.is_compiling():
-        return ends  # the checks read values, which a compiled graph does not have
-    names = ("the lowest target", "the highest target", *said)
-    *alike, (_, sizes) = zip(names, ranks.T.tolist(), strict=True)
-    for name, values in alike:
-        if len(set(values)) > 1:
-            raise ValueError(f"{name} must be the same on all ranks of tp_group, got {values}")
-    if min(sizes) == 0:
-        raise ValueError(f"each rank of tp_group must hold entries of weight, got V={sizes}")
-    low, high = alike[0][1][0], alike[1][1][0]
+        return ends
+    sizes = ranks[:, -1].tolist()
+    low, high = ranks[0, :2].tolist()
     if low < 0 or high >= sum(sizes):
         raise ValueError(
             f"target must lie in [0, V={sum(sizes)}), the sum over tp_group's ranks, or be "
@@ -161,7 +173,7 @@ def over_vocabulary(
 
     A row whose logits are all -inf in one slice has NaN gradients, as `local` alone gives it.
     """
-    _check_group(group)
+    check_group(group)
     for name, x in (("hidden", hidden), ("weight", weight), ("target", target)):
         if is_dtensor(x):
             raise ValueError(f"{name} is a DTensor; with tp_group pass {name}.to_local()")

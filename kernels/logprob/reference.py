@@ -85,7 +85,7 @@ def linear_logprob(
     return LogProbs(*(None if x is None else torch.where(keep, x, 0.0) for x in out))
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def splitmix64(x: Tensor) -> Tensor:
@@ -101,9 +101,9 @@ def splitmix64(x: Tensor) -> Tensor:
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """Gumbel noise `[M, V]` float32, a pure function of (seed, position, vocabulary entry)."""
-    stream = splitmix64(seeds + (positions + 1) * _GOLDEN)
+    stream = splitmix64(seeds + (positions + 1) * GOLDEN)
     entry = torch.arange(1, vocab + 1, device=seeds.device)
-    bits = (splitmix64(stream.unsqueeze(-1) + entry * _GOLDEN) >> 32) & 0xFFFFFFFF
+    bits = (splitmix64(stream.unsqueeze(-1) + entry * GOLDEN) >> 32) & 0xFFFFFFFF
     # Small uniforms become the large Gumbels that win an argmax: keep float32's resolution near
     # zero.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)

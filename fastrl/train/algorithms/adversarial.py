@@ -26,10 +26,11 @@ from fastrl.train.update import Update
 def adversarial(context: Context, index: int) -> Iterator[Update]:
     """A step of the discriminator on demonstrations and samples, then one of the policy."""
     stage: Adversarial = context.stage
-    setup, discriminator = context.setup, context.setup.networks["discriminator"]
+    setup = context.setup
     paired = stage.prompts == "demonstrations"
     source = setup.demonstrations if paired else None
     batch, examples, scored, metrics = sample_batch(context, index, source)
+    warming = index < stage.discriminator_warmup
     for update in range(stage.discriminator_updates):
         chosen = examples[:: stage.group_size]
         if not paired:
@@ -40,10 +41,13 @@ def adversarial(context: Context, index: int) -> Iterator[Update]:
                 "demonstrations",
             )
         demonstrations = context.demonstrations(chosen, "dapo")
-        yield discrimination(
-            "discriminator", discriminator, demonstrations, batch, stage.level, "discriminator/"
+        step = discrimination(
+            context, "discriminator", demonstrations, batch, stage.level, "discriminator/"
         )
-    logits = batch.frozen_scores(discriminator, stage.micro_batch_size, stage.level)
+        yield replace(step, metrics=metrics, scored=scored) if warming else step
+    if warming:
+        return
+    logits = context.learned_rewards("discriminator", batch, stage.level)
     rewards = losses.imitation_rewards(logits, stage.reward, max_logit=stage.max_logit)
     mask = batch.completion_mask
     total = rewards
@@ -76,7 +80,7 @@ def afd(context: Context, index: int) -> Iterator[Update]:
         good = context.demonstrations(examples, "dapo")
     model = None if stage.data == "demos_vs_sft" else context.earlier
     bad = _samples(context, examples, 2 * index + 1, model)
-    yield discrimination(stage.network, setup.networks[stage.network], good, bad, "sequence")
+    yield discrimination(context, stage.network, good, bad, "sequence")
 
 
 def _samples(
@@ -88,9 +92,10 @@ def _samples(
 
 
 def discrimination(
-    name: str, network: nn.Module, good: Batch, bad: Batch, level: Level, prefix: str = ""
+    context: Context, name: str, good: Batch, bad: Batch, level: Level, prefix: str = ""
 ) -> Update:
     """An update of a discriminator: each side weighs one half, by rows or by tokens."""
+    scorer = context.scorer(name)
 
     def side(batch: Batch, label: bool) -> Batch:
         mask = batch.completion_mask
@@ -116,7 +121,9 @@ def discrimination(
                 metrics[f"{name}_accuracy"] = (weights[rows] * right[name]).sum()
             return value, metrics
 
-        return over_heads(part.heads(network, level), head)
+        return over_heads(scorer.heads(part, level), head)
 
     batch = concatenate([side(good, True), side(bad, False)])
+    if scorer.shared_prefix:
+        batch = batch.by_prompt()
     return Update((name,), batch, loss, per="batch", prefix=prefix)

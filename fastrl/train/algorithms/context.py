@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from fastrl.choices import Reduction
 from fastrl.losses import token_weights
+from fastrl.models import Level, ScoreHead
+from fastrl.reward.ensemble import combine
 from fastrl.rollout import Engine, RolloutEngine, Rollouts, SamplingParams, join_rollouts
 from fastrl.train import parallel
 from fastrl.train.batches import Batch, pad_batch
 from fastrl.train.data import Example, batch_indices
 from fastrl.train.rewards import Scored
-from fastrl.train.setup import Setup
+from fastrl.train.scoring import Likelihood, QuantizedScorer, Scorer, frozen_scores
+from fastrl.train.setup import SHARED, Setup
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -32,7 +35,9 @@ class Context:
     seed: int
     reference: nn.Module | None = None  # or the teacher
     earlier: nn.Module | None = None
+    scored_with: nn.Module | None = None  # whose hidden states a reward model's head reads
     engines: dict[int, RolloutEngine] = field(default_factory=dict)
+    quantized: dict[str, QuantizedScorer] = field(default_factory=dict)
 
     @property
     def policy(self) -> nn.Module:
@@ -40,8 +45,46 @@ class Context:
 
     @property
     def shared_prefix(self) -> bool:
-        """Whether log-probs of this stage's batches compute each prompt once."""
-        return self.setup.shared_prefix
+        """Whether this stage learns from groups whose prompt is computed once."""
+        return self.setup.shared_prefix and isinstance(self.stage, SHARED)
+
+    def scorer(self, name: str) -> Scorer | Likelihood:
+        """A scoring model as it is trained.
+
+        A head or a likelihood reads the policy, or the one that it was trained with.
+        """
+        network, shared = self.setup.networks[name], self.setup.shared_prefix
+        stages = self.setup.config.stages.values()
+        trainer: Any = next(stage for stage in stages if name in stage.scorers)
+        if trainer.scorer_kind == "separate":
+            return Scorer(network, None, shared)
+        policy = self.policy if name in self.stage.scorers else self.scored_with
+        assert policy is not None
+        if trainer.scorer_kind == "likelihood":
+            return Likelihood(network, policy, getattr(trainer, "temperature", 1.0), shared)
+        assert isinstance(network, ScoreHead)
+        return Scorer(policy, network, shared)
+
+    def learned_rewards(self, name: str, batch: Batch, level: Level = "sequence") -> Tensor:
+        """What a scoring model gives, `[B]` or `[B, T]`, in the stage's scheme if it has one.
+
+        Quantized once where it is frozen, and every time where the stage trains it.
+        """
+        stage = self.stage
+        trained = self.scorer(name)
+        scorer: Scorer | Likelihood | QuantizedScorer = trained
+        if stage.scheme is not None:
+            assert isinstance(trained, Scorer)
+            if name in stage.scorers:
+                self.quantized.clear()  # before there are two
+            if name not in self.quantized:
+                self.quantized[name] = trained.quantized(stage.scheme, self.setup.device)
+            scorer = self.quantized[name]
+
+        def combined(heads: Tensor) -> Tensor:
+            return combine(heads, stage.ensemble, stage.variance_weight)
+
+        return frozen_scores(scorer, batch, stage.micro_batch_size, level, combined)
 
     def draw(
         self, examples: Sequence[Example], count: int, index: int, stream: str = ""
@@ -133,8 +176,7 @@ class Context:
         if source == "functions":
             assert scored is not None
             return self.column(scored.total), {}
-        size = self.stage.micro_batch_size
-        learned = batch.frozen_scores(self.setup.networks[source], size)
+        learned = self.learned_rewards(source, batch)
         return learned, self.compared(learned, scored)
 
     def compared(self, learned: Tensor, scored: Scored | None) -> dict[str, float]:

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastrl import losses
-from fastrl.models import ValueHead, completion_states, logprobs_and_values
+from fastrl.models import logprobs_and_values
 from fastrl.train.algorithms.context import Context
 from fastrl.train.algorithms.policy import (
     at_the_end,
@@ -19,6 +18,7 @@ from fastrl.train.algorithms.policy import (
 )
 from fastrl.train.algorithms.ranking import Values
 from fastrl.train.batches import Batch
+from fastrl.train.scoring import frozen_scores, mean
 from fastrl.train.stages import PPO
 from fastrl.train.update import Update
 
@@ -50,7 +50,7 @@ def ppo(context: Context, index: int) -> Iterator[Update]:
     if index < stage.critic_warmup:
         for _ in range(stage.updates_per_batch):
             yield replace(critic_update, metrics=metrics, scored=scored)
-    elif stage.value_head:
+    elif stage.critic == "head":
         yield from policy_updates(
             context, batch, metrics, scored, lambda part: joint_loss(context, part)
         )
@@ -62,25 +62,12 @@ def ppo(context: Context, index: int) -> Iterator[Update]:
 
 def frozen_values(context: Context, batch: Batch) -> Tensor:
     """The critic's values `[B, T]` before each token, without gradients."""
-    critic, size = context.setup.networks["critic"], context.stage.micro_batch_size
-    if not isinstance(critic, ValueHead):
-        return batch.frozen_scores(critic, size, "state")
-
-    def values(part: Batch) -> Tensor:
-        states = completion_states(context.policy, *part.completions)
-        return critic.values(states, part.completion_mask)
-
-    return batch.frozen_figures(context.policy, size, values)
+    return frozen_scores(context.scorer("critic"), batch, context.stage.micro_batch_size, "state")
 
 
 def critic_loss(context: Context, batch: Batch) -> Values:
     """Loss and metrics of the critic alone; through a head no gradient reaches the policy."""
-    critic = context.setup.networks["critic"]
-    if isinstance(critic, ValueHead):
-        with torch.no_grad():
-            states = completion_states(context.policy, *batch.completions)
-        return _value_loss(context.stage, batch, critic.values(states, batch.completion_mask))
-    return _value_loss(context.stage, batch, batch.scores(critic, "state"))
+    return _value_loss(context.stage, batch, mean(context.scorer("critic").heads(batch, "state")))
 
 
 def joint_loss(context: Context, batch: Batch) -> Values:

@@ -39,7 +39,7 @@ def rankings(context: Context, examples: Sequence[Example], margin: str | None =
 def ranking_loss(context: Context, batch: Batch) -> Values:
     """Loss and metrics of rankings."""
     stage: Reward = context.stage
-    scores = batch.heads(context.setup.networks[stage.network])
+    scores = context.scorer(stage.network).heads(batch)
     ranked = scores.view(-1, batch.unit, scores.shape[-1])
     return over_heads(ranked, lambda head: _loss(stage, batch, head))
 

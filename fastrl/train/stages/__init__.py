@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from fastrl.train.stages.base import Optimizer, Rewarded, Sampled, Stage
+from fastrl.train.stages.base import (
+    Ensemble,
+    Optimizer,
+    Rewarded,
+    Sampled,
+    Scheme,
+    ScorerKind,
+    Stage,
+)
 from fastrl.train.stages.imitation import SFT, SPIN, Adversarial, AfD, Distillation, IQLearn
 from fastrl.train.stages.policy import GRPO, PPO, RAFT, PolicyGradient
 from fastrl.train.stages.preference import Preference, Reward
@@ -59,6 +67,7 @@ __all__ = [
     "Adversarial",
     "AfD",
     "Distillation",
+    "Ensemble",
     "IQLearn",
     "Optimizer",
     "PolicyGradient",
@@ -66,5 +75,7 @@ __all__ = [
     "Reward",
     "Rewarded",
     "Sampled",
+    "Scheme",
+    "ScorerKind",
     "Stage",
 ]

@@ -2,12 +2,27 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastrl.choices import Reduction
 from fastrl.train.section import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Scheme = Literal["int8", "nf4", "int4", "fp8", "bf16", "float32"]
+Ensemble = Literal["mean", "worst_case", "uncertainty"]
+ScorerKind = Literal["separate", "head", "likelihood"]
+
+SCHEME = (
+    "score samples by the forward of fastrl.reward.QuantizedRewardModel, quantized so: once where "
+    "the scoring model is frozen, after its updates where the stage trains it; default: by the "
+    "forward that it is trained with"
+)
+REWARD_MODEL = (
+    "a model of its own; or a head alone, on the hidden states of the policy as the stage found "
+    "it: they are not trained, and later stages score with that policy, however theirs changes; or "
+    "the log ratio of a language model, a copy of that policy to begin with, to that policy: the "
+    "implicit reward (2305.18290), which learns from far fewer examples"
+)
 
 
 class Optimizer(Section):
@@ -47,9 +62,9 @@ class Stage(Section):
         return {}
 
     @property
-    def value_head(self) -> bool:
-        """Whether its scoring model is a head on the policy."""
-        return False
+    def scorer_kind(self) -> ScorerKind:
+        """What its scoring model is; a head and a likelihood read the policy as well."""
+        return "separate"
 
     @property
     def crowd(self) -> bool:
@@ -101,6 +116,11 @@ class Rewarded(Sampled):
     """What the algorithms whose samples are rewarded share."""
 
     reward: str = Field("functions", description="functions, or a scoring model trained before")
+    scheme: Scheme | None = Field(None, description=SCHEME)
+    ensemble: Ensemble = Field("mean", description="how the heads of a scoring model are one")
+    variance_weight: float = Field(
+        0.5, ge=0, description="with ensemble=uncertainty: mean - variance_weight * variance"
+    )
     reduction: Reduction = "dapo"
     overlong_buffer: int = Field(
         0, ge=0, description="tokens before the limit over which a penalty of 0 to -1 grows (DAPO)"
@@ -109,3 +129,15 @@ class Rewarded(Sampled):
     @property
     def reward_from(self) -> str | None:
         return self.reward
+
+    @model_validator(mode="after")
+    def _scoring(self):
+        belongs(self, "variance_weight", "ensemble", ("uncertainty",))
+        if self.reward_from == "functions":
+            for key in ("scheme", "ensemble"):
+                if (given := getattr(self, key)) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"{key}={given!r} has no effect with reward='functions'; it belongs to a "
+                        "scoring model that an earlier stage trains"
+                    )
+        return self

@@ -5,7 +5,14 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fastrl.choices import ImitationReward, Reduction
-from fastrl.train.stages.base import Optimizer, Sampled, Stage, belongs
+from fastrl.train.stages.base import (
+    REWARD_MODEL,
+    Optimizer,
+    Sampled,
+    ScorerKind,
+    Stage,
+    belongs,
+)
 from fastrl.train.stages.policy import GRPO
 
 
@@ -44,12 +51,17 @@ class AfD(Sampled):
     )
     heads: int = Field(1, ge=1)
     network: str = Field("reward", pattern=r"^[a-z][a-z0-9_]*$")
+    reward_model: ScorerKind = Field("separate", description=REWARD_MODEL)
     demonstrations: ClassVar[bool] = True
     trains_policy: ClassVar[bool] = False
 
     @property
     def scorers(self) -> dict[str, int]:
         return {self.network: self.heads}
+
+    @property
+    def scorer_kind(self) -> ScorerKind:
+        return self.reward_model
 
     @property
     def needs_earlier(self) -> bool:
@@ -72,7 +84,21 @@ class Adversarial(GRPO):
         "tell them by their prompts; or all prompts",
     )
     demonstrations_per_step: int = Field(64, ge=1, description="with prompts=all")
+    discriminator: ScorerKind = Field(
+        "separate",
+        description="a model of its own; or a head alone, on the hidden states of the policy as it "
+        "is: less memory and time, but these are not trained to tell the two apart, and move with "
+        "each step of the policy, which the head has to follow; or log p - log policy of a "
+        "language model p, a copy of the policy to begin with: AIRL's f - log policy, which "
+        "learns from far fewer demonstrations",
+    )
     discriminator_updates: int = Field(1, ge=1)
+    discriminator_warmup: int = Field(
+        0,
+        ge=0,
+        description="steps before the policy begins to learn; an untrained discriminator's rewards "
+        "lead it astray",
+    )
     discriminator_optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
     max_logit: float = Field(20.0, gt=0)
     demonstrations: ClassVar[bool] = True
@@ -82,13 +108,17 @@ class Adversarial(GRPO):
         return {"discriminator": 1}
 
     @property
+    def scorer_kind(self) -> ScorerKind:
+        return self.discriminator
+
+    @property
     def reward_from(self) -> str | None:
         return None
 
     @model_validator(mode="after")
     def _level(self):
         belongs(self, "demonstrations_per_step", "prompts", ("all",))
-        for key in ("overlong_buffer", "dynamic_sampling"):
+        for key in ("overlong_buffer", "dynamic_sampling", "ensemble"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no effect where a discriminator gives the rewards")
         if self.advantage == "remax":

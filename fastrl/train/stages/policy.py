@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fastrl.choices import KLEstimator, MismatchKind
-from fastrl.train.stages.base import Optimizer, Rewarded, belongs
+from fastrl.train.stages.base import Optimizer, Rewarded, ScorerKind, belongs
 
 
 class PolicyGradient(Rewarded):
@@ -132,8 +132,8 @@ class PPO(PolicyGradient):
         return {"critic": 1}
 
     @property
-    def value_head(self) -> bool:
-        return self.critic == "head"
+    def scorer_kind(self) -> ScorerKind:
+        return self.critic
 
 
 class RAFT(Rewarded):

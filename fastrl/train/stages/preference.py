@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastrl.train.stages.base import Stage, belongs
+from fastrl.train.stages.base import REWARD_MODEL, ScorerKind, Stage, belongs
 
 
 class Reward(Stage):
@@ -18,6 +18,7 @@ class Reward(Stage):
     margin: str | None = Field(None, description="a column of margins, for bradley_terry")
     heads: int = Field(1, ge=1, description="more are an ensemble on one backbone")
     network: str = Field("reward", pattern=r"^[a-z][a-z0-9_]*$", description="its name in the run")
+    reward_model: ScorerKind = Field("separate", description=REWARD_MODEL)
     rankings: ClassVar[bool] = True
     trains_policy: ClassVar[bool] = False
 
@@ -30,6 +31,10 @@ class Reward(Stage):
     @property
     def scorers(self) -> dict[str, int]:
         return {self.network: self.heads}
+
+    @property
+    def scorer_kind(self) -> ScorerKind:
+        return self.reward_model
 
 
 class Preference(Stage):
