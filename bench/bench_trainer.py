@@ -70,12 +70,11 @@ class Ours:
             batch = replace(batch, returns=returns, old_values=fixed.values)
             found["value"] = critic_loss(context, batch)[0]
         elif algorithm == "gail":
-            discriminator = self.networks["discriminator"]
             demonstrations = context.demonstrations(fixed.examples, "dapo")
             name = "discriminator"
-            update = discrimination(name, discriminator, demonstrations, batch, "sequence")
+            update = discrimination(context, name, demonstrations, batch, "sequence")
             found[name] = update.loss(update.batch)[0]
-            logits = batch.scores(discriminator)
+            logits = context.scorer(name).heads(batch).squeeze(-1)
             rewards = losses.imitation_rewards(logits, context.stage.reward)
             advantages = losses.grpo_advantages(rewards, self.case.group)
         else:

@@ -28,6 +28,7 @@ from fastrl.rollout import Engine, RolloutEngine, Rollouts, SamplingParams
 from fastrl.train import loop
 from fastrl.train.batches import Batch
 from fastrl.train.recipe import load_recipe
+from fastrl.train.scoring import Scorer, frozen_scores
 
 SAMPLES = 16  # completions of each held-out prompt
 # Recipe, settings and the network that holds the reward. The steps make the seconds about equal.
@@ -95,7 +96,7 @@ class Judge:
         if "CausalLM" in architecture:
             return self.logprobs(models.load_model(str(folder))) - self.before
         scorer = models.load_scorer(str(folder))
-        return self.batch.frozen_scores(scorer, 1024).view(-1, SAMPLES)
+        return frozen_scores(Scorer(scorer, None, True), self.batch, 1024).view(-1, SAMPLES)
 
     def judge(self, reward: Tensor) -> dict[str, float]:
         """Share of right-wrong pairs of a prompt that are ranked rightly, and the correlation."""

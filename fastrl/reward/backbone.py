@@ -125,7 +125,7 @@ class Ends:
     @classmethod
     def read(cls, checkpoint: Checkpoint, device: torch.device) -> "Ends":
         spec = checkpoint.spec
-        norm = checkpoint.get("norm.weight", (spec.hidden,)).float() + spec.norm_offset
+        norm = checkpoint.norm("norm", spec.hidden)
         embedding = checkpoint.get("embed_tokens.weight", (spec.vocabulary, spec.hidden))
         head = checkpoint.get("score.weight").float()
         return cls(embedding.to(device), norm.to(device), head.to(device))
