@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # setuptools warns of every editable install.
 EDITABLE := PYTHONWARNINGS="ignore:Editable installation" \
   $(BIN)/pip install --quiet --constraint constraints.txt --editable
-NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+INSTALLED := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: train test test-slow lint bench tables docs notebooks wheel clean
 
@@ -53,18 +53,23 @@ wheel: $(VENV)/.installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat auto -w dist build/wheel/*.whl
 
 # torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+$(VENV)/.torch: constraints.txt
 	@echo "installing into $(VENV): packages are downloaded and kernels compiled, minutes in all"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(INSTALLED)
 	@echo "compiling the native kernels"
 	$(EDITABLE) '.[gym]'
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# All that .installed has as well, compiled once.
+$(VENV)/.installed-dev: $(VENV)/.torch $(INSTALLED)
+	@echo "compiling the native kernels"
 	$(EDITABLE) '.[dev]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(EDITABLE) '.[docs]'
