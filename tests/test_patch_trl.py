@@ -26,12 +26,6 @@ needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="without kernels TRL 
 original_chunked = ChunkedLogProbFunction.apply
 
 
-@pytest.fixture(autouse=True)
-def every_vocabulary(monkeypatch):
-    """The models here have small ones."""
-    monkeypatch.setattr("fastrl.integrations.trl.SMALL_VOCABULARY", 0)
-
-
 @pytest.fixture
 def patched():
     with fastrl.patch("trl") as patch, warnings.catch_warnings():
@@ -71,16 +65,6 @@ def test_a_renamed_function_raises(monkeypatch):
 
 
 @needs_kernels
-def test_small_vocabularies_are_left_to_trl(patched, monkeypatch):
-    monkeypatch.setattr("fastrl.integrations.trl.SMALL_VOCABULARY", 3)
-    ours = []
-    monkeypatch.setattr("fastrl.integrations.trl.linear_logprob", lambda *_, **__: ours.append(1))
-    hidden, weight = torch.eye(2), torch.zeros(2, 2)
-    out = ChunkedLogProbFunction.apply(hidden, weight, None, torch.tensor([1, 0]), 1.0, 2)
-    assert not ours
-    torch.testing.assert_close(out[0], torch.full((2,), -math.log(2)))
-
-
 def test_chunked_by_hand(patched):
     # logits log 1, log 2, log 1: p = 1/4, 1/2, 1/4
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(2)], [0.0]])

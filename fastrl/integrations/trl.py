@@ -20,9 +20,6 @@ from fastrl.models.head import autocast_operands, unwrap
 from fastrl.rollout import RolloutEngine, SamplingParams
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# TRL's chunks compute a token's statistics in one pass, ours in up to three: below this size the
-# logits that ours save are not worth it.
-SMALL_VOCABULARY = 1024
 TRAINERS = ("grpo_trainer.GRPOTrainer", "rloo_trainer.RLOOTrainer")
 
 
@@ -80,8 +77,6 @@ def _chunked(original: Callable[..., Any]) -> Callable[..., Any]:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = STATISTICS,
     ) -> tuple[Tensor | None, ...]:
-        if len(weight) < SMALL_VOCABULARY:
-            raise Declined
         need_kernel("linear_logprob", hidden, weight)
         states, matrix = autocast_operands(hidden, weight)
         head: dict[str, Any] = {
