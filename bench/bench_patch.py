@@ -67,14 +67,13 @@ def run(kind: str, vocabulary: int, variant: str, steps: int) -> dict:
                 ends.append((time.perf_counter(), time.process_time()))
 
         trainer.add_callback(Clock())
-        before = measure.resident()
-        peak, losses = measure.peak_of(lambda: trl_runs.losses(trainer))
+        memory, losses = measure.extra_memory(lambda: trl_runs.losses(trainer), torch.device("cpu"))
     clocks = [[b - a for a, b in pairwise(clock)][WARM_UP:] for clock in zip(*ends, strict=True)]
     return {
         "losses": [loss for loss, _ in losses],
         "wall": clocks[0],
         "cpu": clocks[1],
-        "memory": peak - before,
+        "memory": memory,
     }
 
 
