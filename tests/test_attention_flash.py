@@ -10,6 +10,7 @@ import math
 import sys
 import types
 import warnings
+from functools import partial
 
 import gpu_proof
 import pytest
@@ -188,7 +189,7 @@ def test_what_it_cannot_do_is_named(options, says):
 
 def test_why_it_cannot_run(monkeypatch):
     gpu = torch.device("cuda")
-    said = lambda: native.unavailable("flash", gpu)  # noqa: E731
+    said = partial(native.unavailable, "flash", gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     monkeypatch.setattr(native, "flash_attn_version", lambda: None)

@@ -1,5 +1,7 @@
 """Log-probabilities and sampling: argument checks and the choice of implementation."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -296,31 +298,30 @@ def linear_sample(
     if impl == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         impl = "reference"
     chosen = choose("linear_sample", impl, hidden.device, HAS["linear_sample"])
+    seeds, positions = seeds.long(), positions.long()
+    settings: dict[str, Any] = {
+        "seeds": seeds,
+        "positions": positions,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "bias": bias,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
     with torch.autocast(hidden.device.type, enabled=False):
         if tp_group is not None:
             return parallel_sample.over_vocabulary(
-                linear_sample,
-                tp_group,
-                hidden,
-                weight,
-                seeds=seeds.long(),
-                positions=positions.long(),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                bias=bias,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                impl=impl,
+                linear_sample, tp_group, hidden, weight, **settings, impl=impl
             )
         if chosen != "reference":
             _check_kernel({"hidden": hidden, "weight": weight})
             drawn = torch.ops.fastrl.linear_sample(
                 hidden,
                 weight,
-                seeds.long(),
-                positions.long(),
+                seeds,
+                positions,
                 bias,
                 temperature,
                 top_k,
@@ -331,16 +332,4 @@ def linear_sample(
                 chosen,
             )
             return Samples(*drawn)
-        return reference.linear_sample(
-            hidden,
-            weight,
-            seeds=seeds.long(),
-            positions=positions.long(),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-        )
+        return reference.linear_sample(hidden, weight, **settings)

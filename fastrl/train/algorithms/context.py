@@ -35,7 +35,7 @@ class Context:
     seed: int
     reference: nn.Module | None = None  # or the teacher
     earlier: nn.Module | None = None
-    scored_with: nn.Module | None = None  # whose hidden states a reward model's head reads
+    scored_with: nn.Module | None = None  # what a reward model's head or likelihood reads
     engines: dict[int, RolloutEngine] = field(default_factory=dict)
     quantized: dict[str, QuantizedScorer] = field(default_factory=dict)
 
