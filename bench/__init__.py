@@ -20,6 +20,7 @@ OPS = (
     "score",
     "logprob",
     "attention",
+    "layers",
     "decode",
     "rollout",
     "shared_prefix",

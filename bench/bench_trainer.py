@@ -111,9 +111,9 @@ class Trainer(Race):
     }
     grids = {
         "quick": [{"prompts": 4, "tokens": 8}],
-        "default": [
-            {"algorithm": algorithm} | size
-            for size in ({}, {"H": 384, "V": 32000, "prompts": 4, "P": 64})
+        "default": [{"algorithm": algorithm} for algorithm in PASSES],
+        "middle": [
+            {"algorithm": algorithm, "H": 384, "V": 32000, "prompts": 4, "P": 64}
             for algorithm in PASSES
         ],
         "large": [

@@ -1,9 +1,10 @@
-// The only file that knows Python. Addresses, sizes and streams come in as integers; the Python
-// side (kernels/<family>/op.py) has checked device, dtype, shape and contiguity before.
-#include <pybind11/pybind11.h>
+// The module. It and the other bindings*.cpp are the only files that know Python. Addresses, sizes
+// and streams come in as integers; the Python side (kernels/<family>/op.py) has checked device,
+// dtype, shape and contiguity before.
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include "bindings.h"
 #include "cpu/attention.h"
 #include "cpu/decode.h"
 #include "cpu/isa.h"
@@ -21,6 +22,7 @@
 #endif
 
 namespace py = pybind11;
+using fastrl::Address;
 using fastrl::AttentionArgs;
 using fastrl::AttentionBackwardArgs;
 using fastrl::AttentionForwardArgs;
@@ -39,6 +41,7 @@ using fastrl::LogitsBackwardArgs;
 using fastrl::LogitsForwardArgs;
 using fastrl::LogprobBackwardArgs;
 using fastrl::LogprobForwardArgs;
+using fastrl::pointer;
 using fastrl::PoolScoreArgs;
 using fastrl::QuantLinearArgs;
 using fastrl::QuantRowsArgs;
@@ -51,13 +54,6 @@ using fastrl::VtraceArgs;
 using fastrl::Workspace;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Segments segments(int64_t count, int64_t length, Address offsets, Address mask, Address bootstrap) {
   return {count, length, pointer<const int32_t>(offsets), pointer<const uint8_t>(mask),
@@ -510,6 +506,7 @@ PYBIND11_MODULE(_C, m) {
       .value("float32", Float::f32)
       .value("bfloat16", Float::bf16)
       .value("float16", Float::f16);
+  fastrl::bind_layers(m);
   py::class_<LinearArgs>(m, "linear_args").def(py::init(&linear_args));
   py::class_<Workspace>(m, "workspace").def(py::init(&workspace));
   py::class_<LogprobForwardArgs>(m, "linear_logprob_fwd_args").def(py::init(&forward_args));

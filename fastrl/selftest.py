@@ -118,6 +118,37 @@ def _shared_prefix_attention(x: Values, impl: str) -> Values:
     return _with_gradients({"out": out}, leaves)
 
 
+def _draw_layers(g: torch.Generator) -> Values:
+    inputs = {name: torch.randn(17, 3, 38, generator=g) for name in ("x", "residual")}
+    angles = torch.rand(17, 19, generator=g) * 6
+    return {**inputs, "weight": torch.rand(38, generator=g) + 0.5, "angles": angles}
+
+
+def _rmsnorm(x: Values, impl: str) -> Values:
+    leaves = _leaves(x, "x", "weight", "residual")
+    y, h = kernels.rmsnorm(**leaves, impl=impl)
+    return _with_gradients({"y": y, "h": h}, leaves)
+
+
+def _rope(x: Values, impl: str) -> Values:
+    leaves = _leaves(x, "x", "weight")
+    angles = x["angles"] if x["x"].dtype == torch.float64 else x["angles"].float()
+    out = kernels.rope(
+        leaves["x"], angles.cos(), angles.sin(), norm_weight=leaves["weight"], impl=impl
+    )
+    return _with_gradients({"y": out}, leaves)
+
+
+def _glu(x: Values, impl: str) -> Values:
+    leaves = _leaves(x, "x", "residual")
+    found: Values = {}
+    for activation in ("silu", "gelu_tanh"):
+        out = kernels.glu(*leaves.values(), activation=activation, impl=impl)
+        results = _with_gradients({"y": out}, leaves)
+        found |= {f"{activation} {name}": value for name, value in results.items()}
+    return found
+
+
 def _draw_scan(g: torch.Generator) -> Values:
     names = ("rewards", "values", "logprobs", "old_logprobs")
     tokens = {name: torch.randn(5, 333, generator=g) for name in names}
@@ -209,6 +240,9 @@ CHECKS: dict[str, tuple[Callable, Callable]] = {
     "logprob_from_logits": (_draw_logits, _logprob_from_logits),
     "linear_sample": (_draw_head, _linear_sample),
     "shared_prefix_attention": (_draw_attention, _shared_prefix_attention),
+    "rmsnorm": (_draw_layers, _rmsnorm),
+    "rope": (_draw_layers, _rope),
+    "glu": (_draw_layers, _glu),
     "gae": (_draw_scan, _gae),
     "discounted_returns": (_draw_scan, _discounted_returns),
     "vtrace": (_draw_scan, _vtrace),

@@ -1,18 +1,16 @@
 // Rows of floats to int8 and rows of 4-bit weights to floats, in the namespace of the instruction
-// set. Sums run in 16 lanes whatever the instruction set has, so that all compute the same bits.
+// set.
 #pragma once
 
 #include <cmath>
 
-#include "convert.h"
-#include "pack.h"
+#include "lanes.h"
 #include "quant.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int kSixteen = 16, kParts = kSixteen / kLanes;
 constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126
 
 // 1.5 * 2^23: adding it leaves the nearest integer, ties to even, in the low bits.
@@ -69,25 +67,6 @@ inline float quantize_row(const float* x, int64_t width, int8_t* to) {
   const float scale = std::max(absmax * (1.0f / 127.0f), kSmallestScale);
   round_row(x, width, 1.0f / scale, to);
   return scale;
-}
-
-// The sum over k of term(k), vectors from k on, for k in [0, width) in steps of kLanes.
-template <class Term>
-inline float lane_sum(int64_t width, const Term& term) {
-  Vec parts[kParts] = {};
-  for (int64_t k = 0; k < width; k += kSixteen) {
-    for (int p = 0; p < kParts; ++p) {
-      parts[p] += term(k + p * kLanes);
-    }
-  }
-  float lanes[kSixteen];
-  std::memcpy(lanes, parts, sizeof lanes);
-  for (int half = kSixteen / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) {
-      lanes[j] += lanes[j + half];
-    }
-  }
-  return lanes[0];
 }
 
 // x = (x / sqrt(mean(x^2) + eps)) * weight

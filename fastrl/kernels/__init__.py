@@ -3,6 +3,8 @@
 from fastrl.kernels.attention.layout import GroupLayout
 from fastrl.kernels.attention.op import HAS as _ATTENTION
 from fastrl.kernels.attention.op import shared_prefix_attention
+from fastrl.kernels.layers.op import HAS as _LAYERS
+from fastrl.kernels.layers.op import glu, rmsnorm, rope
 from fastrl.kernels.logprob.op import HAS as _LOGPROB
 from fastrl.kernels.logprob.op import linear_logprob, linear_sample, logprob_from_logits
 from fastrl.kernels.logprob.reference import LogProbs, Samples
@@ -26,6 +28,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("discounted_returns", "gae", "vtrace"), _SCAN),
     **_LOGPROB,
     "shared_prefix_attention": _ATTENTION,
+    **dict.fromkeys(("rmsnorm", "rope", "glu"), _LAYERS),
     **_QUANT,
 }
 
@@ -39,6 +42,7 @@ __all__ = [
     "dequantize",
     "discounted_returns",
     "gae",
+    "glu",
     "glu_quant",
     "linear_logprob",
     "linear_sample",
@@ -47,7 +51,9 @@ __all__ = [
     "quantize",
     "quantize_rows",
     "quantized_linear",
+    "rmsnorm",
     "rmsnorm_quant",
+    "rope",
     "shared_prefix_attention",
     "vtrace",
     "weight_from_bitsandbytes",

@@ -143,8 +143,7 @@ def _layout(
                 f"attn_implementation='{NAME}' was given position_ids that start again within a "
                 "row, and no group_layout; pass fastrl.kernels.GroupLayout of the packed tokens"
             )
-        rows = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        return GroupLayout(rows * steps, rows)
+        return GroupLayout.of_rows(batch, steps, device)
     if batch != 1:
         raise ValueError(f"a batch with group_layout must be packed to [1, T], got {batch} rows")
     if not rule.restarts and not torch.compiler.is_compiling():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastrl.kernels import GroupLayout, LogProbs, linear_logprob
 from fastrl.models.attention import INSTEAD, check_shared_prefix, shared_attention
 from fastrl.models.head import as_forward, autocast_operands, backbone, lm_head, unwrap
+from fastrl.models.layers import layer_states, runs_through_ops
 
 IGNORED = -100
 
@@ -102,13 +103,30 @@ def pack_groups(
 
 def packed_states(model: nn.Module, packed: Packed) -> Tensor:
     """The last hidden states `[T, H]` of packed groups."""
+    ids, layout = packed.input_ids, packed.layout
+    positions = layout.positions(ids.shape[1])
+    if runs_through_ops(model):
+        return layer_states(model, ids[0], positions, layout)
     with shared_attention(model):
         return backbone(model)(
-            input_ids=packed.input_ids,
-            position_ids=packed.layout.positions(packed.input_ids.shape[1]).unsqueeze(0),
-            group_layout=packed.layout,
+            input_ids=ids,
+            position_ids=positions.unsqueeze(0),
+            group_layout=layout,
             use_cache=False,
         ).last_hidden_state[0]
+
+
+def row_states(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """The last hidden states `[B, T, H]` of rows `[B, T]` that are padded on the right, if at all.
+
+    Of what is padded they are whatever comes out.
+    """
+    if not runs_through_ops(model):
+        return backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    layout = GroupLayout.of_rows(*input_ids.shape, input_ids.device)
+    positions = layout.positions(input_ids.numel())
+    states = layer_states(model, input_ids.flatten(), positions, layout)
+    return states.view(*input_ids.shape, states.shape[-1])
 
 
 @as_forward
@@ -195,7 +213,7 @@ def completion_states(
     """
     ids, at = pad_rows(prompt_ids, completion_ids, completion_mask)
     # The last column is predicted, never read.
-    hidden = backbone(model)(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+    hidden = row_states(model, ids[:, :-1])
     return hidden.gather(1, (at - 1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 

@@ -21,6 +21,7 @@ from fastrl.models.logprobs import (
     pack_groups,
     packed_states,
     pad_rows,
+    row_states,
     state_logprobs,
 )
 
@@ -203,7 +204,7 @@ def scored_states(
         starts, before = packed.starts.unsqueeze(-1), packed.before.unsqueeze(-1)
     else:
         ids, at = pad_rows(prompt_ids, completion_ids, completion_mask)
-        hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = row_states(model, ids)
         rows = torch.arange(len(ids), device=ids.device).unsqueeze(-1) * ids.shape[1]
         hidden, starts = hidden.flatten(0, 1), rows + at[:, :1]
         before = starts - 1

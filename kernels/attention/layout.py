@@ -54,6 +54,12 @@ class GroupLayout(NamedTuple):
             ),
         )
 
+    @classmethod
+    def of_rows(cls, batch: int, steps: int, device: torch.device | str | None) -> "GroupLayout":
+        """The layout of a batch `[B, T]`, each row a prompt of its own: causal attention."""
+        rows = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        return cls(rows * steps, rows)
+
     @property
     def prompt_lengths(self) -> tuple[int, ...]:
         """Tokens of each prompt."""
