@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.kernels import GroupLayout, shared_prefix_attention
+from fastrl.kernels import GroupLayout, rmsnorm, rope, shared_prefix_attention
 from fastrl.reward.checkpoint import Checkpoint, Spec, rotary
-from fastrl.reward.linear import Linear, Rows, glu_rows, norm_rows, rms_norm
+from fastrl.reward.linear import Linear, Rows, glu_rows, norm_rows
 
 Observe = Callable[[str, Tensor], None]  # called with a linear layer's name and its input
 
@@ -26,16 +26,10 @@ class Batch(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of tokens, `[T, 1, D]`."""
+    """Cosines and sines of tokens, `[T, D / 2]`."""
 
     cos: Tensor
     sin: Tensor
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """x `[T, heads, D]` turned by its positions, in its own dtype."""
-        wide = x.float()
-        one, two = wide.chunk(2, dim=-1)
-        return (wide * self.cos + torch.cat([-two, one], dim=-1) * self.sin).to(x.dtype)
 
     def select(self, index: Tensor) -> "Angles":
         return Angles(self.cos[index], self.sin[index])
@@ -70,15 +64,11 @@ class Layer:
         rows, x = norm_rows(x, delta, self.norms["input_layernorm"], s.eps, (q, k, v))
         self._watch(observe, rows, *(f"self_attn.{n}_proj" for n in "qkv"))
         keys, values = (f(rows, x.dtype).view(tokens, s.kv_heads, s.head_size) for f in (k, v))
-        if s.qk_norm:
-            keys = rms_norm(keys, self.norms["self_attn.k_norm"], s.eps)
-        keys = angles.rotate(keys)
+        keys = rope(keys, *angles, norm_weight=self.norms.get("self_attn.k_norm"), eps=s.eps)
         if pooled is not None:
             rows, x, angles = rows.select(pooled), x[pooled], angles.select(pooled)
         queries = q(rows, x.dtype).view(-1, s.heads, s.head_size)
-        if s.qk_norm:
-            queries = rms_norm(queries, self.norms["self_attn.q_norm"], s.eps)
-        queries = angles.rotate(queries)
+        queries = rope(queries, *angles, norm_weight=self.norms.get("self_attn.q_norm"), eps=s.eps)
         if pooled is not None:  # the kernel takes a query for each key
             queries = queries.new_zeros(tokens, *queries.shape[1:]).index_copy_(0, pooled, queries)
         out = shared_prefix_attention(
@@ -96,7 +86,7 @@ class Layer:
         delta = o(rows, x.dtype)
         before_mlp = "post_attention_layernorm"
         if s.sandwich:
-            delta = rms_norm(delta, self.norms["post_attention_layernorm"], s.eps)
+            delta, _ = rmsnorm(delta, self.norms["post_attention_layernorm"], eps=s.eps)
             before_mlp = "pre_feedforward_layernorm"
         rows, x = norm_rows(x, delta, self.norms[before_mlp], s.eps, (gate, up))
         self._watch(observe, rows, "mlp.gate_proj", "mlp.up_proj")
@@ -104,7 +94,7 @@ class Layer:
         self._watch(observe, rows, "mlp.down_proj")
         delta = down(rows, x.dtype)
         if s.sandwich:
-            delta = rms_norm(delta, self.norms["post_feedforward_layernorm"], s.eps)
+            delta, _ = rmsnorm(delta, self.norms["post_feedforward_layernorm"], eps=s.eps)
         return x, delta
 
     def _watch(self, observe: Observe | None, rows: Rows, *names: str) -> None:
@@ -143,8 +133,9 @@ class Rotary:
         if needed > len(self._table[0]):
             count = max(256, 1 << (needed - 1).bit_length())
             cos, sin = rotary(self._config, count)
-            self._table = (cos.to(self._device), sin.to(self._device))
-        return Angles(*(x[positions].unsqueeze(1) for x in self._table))
+            half = cos.shape[1] // 2
+            self._table = (cos[:, :half].to(self._device), sin[:, :half].to(self._device))
+        return Angles(*(x[positions] for x in self._table))
 
 
 def embed(embedding: Tensor, batch: Batch, spec: Spec, dtype: torch.dtype) -> Tensor:

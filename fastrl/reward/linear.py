@@ -10,13 +10,14 @@ from torch import Tensor
 from fastrl.kernels import (
     QuantizedRows,
     QuantizedWeight,
+    glu,
     glu_quant,
     quantized_linear,
+    rmsnorm,
     rmsnorm_quant,
 )
 
 BLOCK = 128  # rows of an unquantized product
-PIECE = 16384  # elements; half of what torch shares between threads
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,12 @@ def norm_rows(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, readers: Sequence[Linear]
 ) -> tuple[Rows, Tensor]:
     """The norm of x + delta for the layers that read it, and x + delta."""
-    int8 = None
+    plain, int8 = None, None
     if any(r.reads_int8 for r in readers):
         int8, x = rmsnorm_quant(x, weight, residual=delta, eps=eps)
-    elif delta is not None:
-        x = x + delta
-    plain = None if all(r.reads_int8 for r in readers) else rms_norm(x, weight, eps)
+        delta = None
+    if not all(r.reads_int8 for r in readers):
+        plain, x = rmsnorm(x, weight, residual=delta, eps=eps)
     return Rows(plain, int8), x
 
 
@@ -103,29 +104,4 @@ def glu_rows(gate: Tensor, up: Tensor, activation: str, reader: Linear) -> Rows:
     """`activation(gate) * up` for the layer that reads it."""
     if reader.reads_int8:
         return Rows(None, glu_quant(gate, up, activation=activation))
-    acted = activate(gate.float(), activation)
-    return Rows((acted * up.float()).to(gate.dtype), None)
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """SiLU or GELU of x, each element's bits independent of where it stands.
-
-    torch computes the last elements of a tensor, and of each thread's part of one, by other
-    instructions than the rest. Whole pieces of one size, too small for two threads, have no such
-    elements.
-    """
-    out = x.new_zeros(-(-x.numel() // PIECE), PIECE)
-    flat = out.view(-1)[: x.numel()]
-    flat.copy_(x.flatten())
-    for piece in out:
-        if activation == "silu":
-            F.silu(piece, inplace=True)
-        else:
-            piece.copy_(F.gelu(piece, approximate="tanh"))
-    return flat.view(x.shape)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Computed in float32, in the dtype of x."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    return Rows(glu(gate, up, activation=activation), None)
