@@ -14,6 +14,9 @@ from fastrl.bench import peers, points, report
 from fastrl.bench.points import CAPPED, Options
 from fastrl.bench.race import Shape, describe
 
+WHOLE = (
+    480.0  # seconds after which no shape of a run of everything starts: it ends within 10 minutes
+)
 # What a report has to share with one that it goes on from.
 SAME = ("machine", "versions", "environment", "isa", "device", "commit")
 

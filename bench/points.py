@@ -42,7 +42,7 @@ class Options:
     device: str = "cpu"
     threads: int = 1
     isa: str | None = None
-    seconds: float = 6.0
+    seconds: float = 4.0
     rounds: int = 30
     pause: float = 0.01
     silence: float = 120.0
@@ -206,8 +206,7 @@ def run(
     """The report of the races in ``shapes`` (by op): first without a shape, then after every one.
 
     ``begin`` is told of each before it runs, which may take minutes.
-    The smallest come first, so that a limit leaves out the largest. Shapes that are among the
-    points of an earlier report, ``before``, are not run again.
+    Shapes that are among the points of an earlier report, ``before``, are not run again.
     """
     device = torch.device(options.device)
     fields = {op: field(bench.load(op), against, device) for op in shapes}
@@ -230,17 +229,25 @@ def run(
     yield report
     end = time.monotonic() + options.limit
     done = [(p["op"], p["shape"]) for p in before]
-    for op, some in shapes.items():
+    slow: dict[str, dict[str, float]] = {op: {} for op in shapes}
+    for op, shape in in_turns(shapes):
+        if (op, shape) in done:
+            continue
         race = bench.load(op)
-        slow: dict[str, float] = {}
-        for shape in sorted(some, key=partial(size, race)):
-            if (op, shape) in done:
-                continue
-            if time.monotonic() > end:
-                result = {"op": op, "shape": shape, "variants": {}, "skipped": "out of time"}
-            else:
-                begin(op, shape)
-                result = run_point(race, shape, fields[op][0], options, slow)
-            result["bounds"] = bounds(race, shape, found["peaks"])
-            report["points"].append(result)
-            yield report
+        if time.monotonic() > end:
+            result = {"op": op, "shape": shape, "variants": {}, "skipped": "out of time"}
+        else:
+            begin(op, shape)
+            result = run_point(race, shape, fields[op][0], options, slow[op])
+        result["bounds"] = bounds(race, shape, found["peaks"])
+        report["points"].append(result)
+        yield report
+
+
+def in_turns(shapes: dict[str, list[Shape]]) -> Iterator[tuple[str, Shape]]:
+    """The smallest shape of each op, then the next ones: a limit leaves out the largest of all."""
+    ordered = {op: sorted(some, key=partial(size, bench.load(op))) for op, some in shapes.items()}
+    for rank in range(max(map(len, ordered.values()), default=0)):
+        for op, some in ordered.items():
+            if rank < len(some):
+                yield op, some[rank]

@@ -177,11 +177,12 @@ def bench(
         str | None, typer.Option(help="Hold ours and PyTorch to generic, avx2, avx512, ...")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="For a shape's rounds; default 6, with --quick 2.")
+        float | None, typer.Option(help="For a shape's rounds; default 4, with --quick 2.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Of each variant at most; default 30.")] = None,
     limit: Annotated[
-        float | None, typer.Option(help="No shape starts after so many seconds.")
+        float | None,
+        typer.Option(help="No shape starts after so many seconds; 480 where nothing is chosen."),
     ] = None,
     pause: Annotated[
         float | None,
@@ -202,6 +203,8 @@ def bench(
 
     from fastrl.bench import command
 
+    if limit is None and not (ops or quick or grid or shapes or shape or compare):
+        limit = command.WHOLE
     try:
         chosen = command.options(
             device, threads, isa, quick, seconds=seconds, rounds=rounds, limit=limit, pause=pause,

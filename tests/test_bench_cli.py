@@ -281,3 +281,13 @@ def test_ladder_by_hand():
     variants.pop("HF float32")
     assert report.ladder({"op": "score", "variants": variants}, "forward") == {}
     assert report.ladder({"op": "scan", "variants": variants}, "forward") == {}
+
+
+def test_a_limit_leaves_out_the_largest_shapes_of_all_ops():
+    scan, sample = bench.load("scan"), bench.load("sample")
+    shapes = {
+        "scan": [scan.complete({"B": b}) for b in (64, 2, 8)],
+        "sample": [sample.complete({"M": 16})],
+    }
+    order = [(op, shape.get("B", shape.get("M"))) for op, shape in points.in_turns(shapes)]
+    assert order == [("scan", 2), ("sample", 16), ("scan", 8), ("scan", 64)]

@@ -137,16 +137,16 @@ void glu_gradients(const float* gate, const float* up, const float* grad, int64_
   }
 }
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kPiece = 1024;
 
-// Calls work(at, n, three buffers of kBlock floats) for blocks of `count` elements.
+// Calls work(at, n, three buffers of kPiece floats) for blocks of `count` elements.
 template <class Work>
 void for_blocks(int64_t count, int threads, const Work& work) {
   parallel_for(ceil_div(count, kTaskFloats), threads, [&](int64_t task) {
-    Buffer<float> buffer(3 * kBlock);
+    Buffer<float> buffer(3 * kPiece);
     const int64_t end = std::min(count, (task + 1) * kTaskFloats);
-    for (int64_t at = task * kTaskFloats; at < end; at += kBlock) {
-      work(at, std::min(kBlock, end - at), buffer.get());
+    for (int64_t at = task * kTaskFloats; at < end; at += kPiece) {
+      work(at, std::min(kPiece, end - at), buffer.get());
     }
   });
 }
@@ -253,7 +253,7 @@ void rope_bwd(const RopeBackwardArgs& b, int threads) {
 void glu(const GluArgs& a, int threads) {
   for_blocks(a.count, threads, [&](int64_t at, int64_t n, float* buffer) {
     const float* gate = read(a.gate, a.type, at, n, buffer);
-    const float* up = read(a.up, a.type, at, n, buffer + kBlock);
+    const float* up = read(a.up, a.type, at, n, buffer + kPiece);
     const Sink out(a.out, a.type, at, n, buffer);
     (a.gelu ? glu_block<true> : glu_block<false>)(gate, up, n, out.get());
     out.done();
@@ -264,10 +264,10 @@ void glu_bwd(const GluBackwardArgs& b, int threads) {
   const GluArgs& a = b.at;
   for_blocks(a.count, threads, [&](int64_t at, int64_t n, float* buffer) {
     const float* gate = read(a.gate, a.type, at, n, buffer);
-    const float* up = read(a.up, a.type, at, n, buffer + kBlock);
-    const float* grad = read(b.grad_out, a.type, at, n, buffer + 2 * kBlock);
+    const float* up = read(a.up, a.type, at, n, buffer + kPiece);
+    const float* grad = read(b.grad_out, a.type, at, n, buffer + 2 * kPiece);
     const Sink to_gate(b.grad_gate, a.type, at, n, buffer);
-    const Sink to_up(b.grad_up, a.type, at, n, buffer + kBlock);
+    const Sink to_up(b.grad_up, a.type, at, n, buffer + kPiece);
     (a.gelu ? glu_gradients<true> : glu_gradients<false>)(gate, up, grad, n, to_gate.get(),
                                                           to_up.get());
     to_gate.done();

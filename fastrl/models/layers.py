@@ -142,7 +142,7 @@ def _norm(
 
 def _attention(attention: Any, common: Common, h: Tensor) -> Tensor:
     q, k, v = (
-        project(h).view(len(h), -1, attention.head_dim)
+        project(h).unflatten(-1, (-1, attention.head_dim))
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     q, k = (
