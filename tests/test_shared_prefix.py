@@ -160,15 +160,18 @@ def test_completions_without_tokens():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("implementation", ["sdpa", "fastrl"])
-def test_gradient_checkpointing(reentrant, implementation):
+@pytest.mark.parametrize("watched", ["mlp", "mlp.gate_proj"])  # the model's own layers, and ours
+def test_gradient_checkpointing(watched, reentrant, implementation):
     model = build(attn_implementation=implementation).train()
+    passes = []
+    layer = model.model.layers[0]
+    layer.get_submodule(watched).register_forward_pre_hook(lambda *_: passes.append(1))
     want = results(model, shared)
+    assert len(passes) == 1
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     functions = [layer._gradient_checkpointing_func for layer in model.model.layers]
-    passes = []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     assert_same(results(model, shared), want, 1e-6)
-    assert len(passes) == 2  # the layer was computed again
+    assert len(passes) == 3  # the layer was computed again
     assert model.config._attn_implementation == implementation
     assert [layer._gradient_checkpointing_func for layer in model.model.layers] == functions
 
