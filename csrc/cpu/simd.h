@@ -34,7 +34,12 @@ typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-inline Vec splat(float x) { return Vec{} + x; }
+// Not Vec{} + x, which is an addition: it turns -0 into 0.
+template <int... J>
+inline Vec splat(float x, std::integer_sequence<int, J...>) {
+  return Vec{(static_cast<void>(J), x)...};
+}
+inline Vec splat(float x) { return splat(x, std::make_integer_sequence<int, kLanes>()); }
 
 inline Vec load(const float* from) {
   Vec v;
