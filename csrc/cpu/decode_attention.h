@@ -276,6 +276,8 @@ class Attention {
   // kLanes units from `first` on, each a query and the keys [low, keys) of its chunk.
   struct Units {
     int64_t count = 0, least = 0, most = 0;  // keys that any of them reads
+    int64_t streams = 0;                     // of values: a group of heads has one
+    const char* stream[kLanes];
     const float* query[kLanes];
     const char *key[kLanes], *value[kLanes];
     int64_t last[kLanes], part[kLanes];
@@ -299,6 +301,9 @@ class Attention {
       u.value[i] = cached(layer, 1, own.segment, kv_head, own.first);
       u.last[i] = own.keys - 1;
       u.part[i] = own.part * m_.heads + head;
+      if (i == 0 || u.value[i] != u.value[i - 1]) {
+        u.stream[u.streams++] = u.value[i];
+      }
       u.low[i] = static_cast<int32_t>(low);
       u.keys[i] = static_cast<int32_t>(own.keys);
       u.least = std::min(u.least, low);
@@ -339,6 +344,11 @@ class Attention {
     const int64_t size = bytes(type), row = m_.head_size * size;
     const int64_t whole = V ? V * kLanes : m_.head_size / kLanes * kLanes;
     for (int64_t k = u.least; k < u.most; ++k) {
+      for (int64_t i = 0; i < u.streams; ++i) {  // read one by one later, each too late to wait for
+        for (int64_t at = k * row; at < (k + 1) * row; at += 64) {
+          __builtin_prefetch(u.stream[i] + at);
+        }
+      }
       Vec sums[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
