@@ -146,6 +146,16 @@ inline void from_floats(const float* from, Float type, int64_t n, void* to) {
   }
 }
 
+// The first n of a vector.
+inline void store_as(Vec x, Float type, int64_t n, char* to) {
+  if (type == Float::f32 && n == kLanes) {
+    return store(reinterpret_cast<float*>(to), x);
+  }
+  float floats[kLanes];
+  store(floats, x);
+  from_floats(floats, type, n, to);
+}
+
 }  // namespace
 }  // namespace FASTRL_ISA
 }  // namespace fastrl

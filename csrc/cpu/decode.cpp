@@ -26,39 +26,50 @@ void decode_rows(const DecodeModel& model, const DecodeArgs& args, Arena& scratc
   Decoder<Floats>(model, args, scratch, threads).run();
 }
 
-// How rows are shared out: whole vectors of them, as evenly as that goes.
-struct Parts {
-  Parts(const DecodeModel& model, int64_t rows, int threads) : rows(rows) {
-    const DecodeLayer& l = model.layers[0];
-    int64_t weights = 0;
-    for (const DecodeLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) {
-      weights += w->rows * w->depth;
-    }
-    if (threads > 1 && vectors() >= threads && weights * bytes(model.type) <= kSmallLayer) {
-      count = ceil_div(ceil_div(vectors(), kVectors), threads) * threads;
-    }
+// Whether threads take rows of their own.
+bool worth_splitting(const DecodeModel& model, int64_t rows, int threads) {
+  const DecodeLayer& l = model.layers[0];
+  int64_t weights = 0;
+  for (const DecodeLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) {
+    weights += w->rows * w->depth;
   }
-  int64_t vectors() const { return ceil_div(rows, kLanes); }
-  int64_t begin(int64_t part) const { return std::min(vectors() * part / count * kLanes, rows); }
+  return threads > 1 && ceil_div(rows, kLanes) >= threads &&
+         weights * bytes(model.type) <= kSmallLayer;
+}
 
-  int64_t rows, count = 1;
-};
+// Where the first of `rows` of each of `parts` is, and the end: whole vectors, as evenly as that
+// goes.
+std::vector<int64_t> split(int64_t rows, int64_t parts) {
+  std::vector<int64_t> cuts;
+  for (int64_t part = 0; part <= parts; ++part) {
+    cuts.push_back(std::min(ceil_div(rows, kLanes) * part / parts * kLanes, rows));
+  }
+  return cuts;
+}
 
-// Whether no row reads what a row of another part writes in this call, as the tokens of a prompt
-// do: the writer of each segment is found in one part.
-bool are_apart(const DecodeArgs& a, const Parts& parts) {
-  std::vector<int64_t> writer;
-  for (int64_t part = 0; part < parts.count; ++part) {
-    for (int64_t row = parts.begin(part); row < parts.begin(part + 1); ++row) {
-      const int64_t s = a.chain[a.chain_begin[row + 1] - 1];
+// The same, of rows of which some may read what others write in this call, as the tokens of a
+// prompt do: those follow one another, and stay in one part.
+std::vector<int64_t> split_apart(const DecodeArgs& a, int64_t parts) {
+  const auto writes = [&](int64_t row) { return a.chain[a.chain_begin[row + 1] - 1]; };
+  std::vector<int64_t> cuts = split(a.rows, parts), writer;
+  int64_t most = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    int64_t& end = cuts[part + 1];
+    end = std::max(end, cuts[part]);
+    while (0 < end && end < a.rows && writes(end) == writes(end - 1)) {
+      ++end;
+    }
+    most = std::max(most, end - cuts[part]);
+    for (int64_t row = cuts[part]; row < end; ++row) {
+      const int64_t s = writes(row);
       writer.resize(std::max<int64_t>(writer.size(), s + 1), -1);
       if (writer[s] >= 0 && writer[s] != part) {
-        return false;
+        return {0, a.rows};
       }
       writer[s] = part;
     }
   }
-  return true;
+  return 2 * most * parts <= 3 * a.rows ? cuts : std::vector<int64_t>{0, a.rows};
 }
 
 void make_room(DecodeScratch& scratch, int64_t parts) {
@@ -85,14 +96,17 @@ class Generation {
   void run() {
     const auto end = std::chrono::steady_clock::now() + kPatience;
     for (int64_t done = 0; done<a_.steps&& static_cast<int64_t>(live_.size())> a_.fewest;) {
-      const Parts parts(m_, live_.size(), threads_);
-      const int64_t steps = parts.count > 1 ? std::min(kTogether, a_.steps - done) : 1;
-      make_room(scratch_, parts.count);
-      std::vector<std::vector<int64_t>> left(parts.count);
-      parallel_for(parts.count, threads_, [&](int64_t part) {
-        left[part].assign(live_.begin() + parts.begin(part), live_.begin() + parts.begin(part + 1));
+      const int64_t rows = live_.size();
+      const bool apart = worth_splitting(m_, rows, threads_);
+      const int64_t parts = apart ? ceil_div(ceil_div(rows, kPanel), threads_) * threads_ : 1;
+      const int64_t steps = apart ? std::min(kTogether, a_.steps - done) : 1;
+      const std::vector<int64_t> cuts = split(rows, parts);
+      make_room(scratch_, parts);
+      std::vector<std::vector<int64_t>> left(parts);
+      parallel_for(parts, threads_, [&](int64_t part) {
+        left[part].assign(live_.begin() + cuts[part], live_.begin() + cuts[part + 1]);
         for (int64_t i = 0; i < steps && !left[part].empty(); ++i) {
-          step(left[part], done + i, scratch_[part], parts.count > 1 ? 1 : threads_);
+          step(left[part], done + i, scratch_[part], apart ? 1 : threads_);
         }
       });
       live_.clear();
@@ -185,20 +199,23 @@ class Generation {
 }  // namespace
 
 void decode(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch, int threads) {
-  Parts parts(model, args.rows, threads);
-  if (!are_apart(args, parts)) {
-    parts.count = 1;
+  std::vector<int64_t> cuts = {0, args.rows};
+  if (worth_splitting(model, args.rows, threads)) {
+    cuts = split_apart(args, threads);
   }
-  make_room(scratch, parts.count);
-  parallel_for(parts.count, threads, [&](int64_t part) {
-    const int64_t first = parts.begin(part);
+  const int64_t parts = cuts.size() - 1;
+  make_room(scratch, parts);
+  parallel_for(parts, threads, [&](int64_t part) {
+    const int64_t first = cuts[part];
     DecodeArgs some = args;
-    some.rows = parts.begin(part + 1) - first;
+    some.rows = cuts[part + 1] - first;
     some.tokens += first;
     some.positions += first;
     some.chain_begin += first;
     some.hidden = static_cast<char*>(args.hidden) + first * model.width * bytes(model.type);
-    decode_rows(model, some, scratch[part], parts.count > 1 ? 1 : threads);
+    if (some.rows > 0) {
+      decode_rows(model, some, scratch[part], parts > 1 ? 1 : threads);
+    }
   });
 }
 

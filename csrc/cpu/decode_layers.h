@@ -134,30 +134,36 @@ class Decoder {
     const Parameters k_norm(layer.k_norm, m_.type, m_.head_size);
     const int64_t heads = m_.heads + 2 * m_.kv_heads, d = m_.head_size;
     parallel_ranges(lanes_.count() * heads, threads_, [&](int64_t begin, int64_t end) {
-      Buffer<float> turned(d * kLanes), rows(kLanes * depth_);
+      Buffer<float> turned(d * kLanes);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t v = task / heads, head = task % heads;
+        const int64_t v = task / heads, head = task % heads, first = v * kLanes;
+        const int64_t rows = std::min<int64_t>(kLanes, a_.rows - first);
         const float* from = y_.get() + Lanes::at(v, projected_) + head * d * kPanel;
         if (head < m_.heads) {
           turn(v, from, q_norm, m_.attention_scale, turned.get());
           each_row(turned.get(), d, kLanes, [&](int r, int64_t k, Vec x) {
-            if (v * kLanes + r < a_.rows) {
-              store(attention_.query(v * kLanes + r, head) + k, x);
+            if (r < rows) {
+              store(attention_.query(first + r, head) + k, x);
             }
           });
           continue;
         }
         const int64_t kv_head = (head - m_.heads) % m_.kv_heads;
         const bool value = head >= m_.heads + m_.kv_heads;
+        char* own[kLanes];
+        for (int64_t r = 0; r < rows; ++r) {
+          own[r] = attention_.own(i, value, first + r, kv_head);
+        }
+        const auto keep = [&](int r, int64_t k, Vec x) {
+          if (r < rows) {
+            store_as(x, m_.type, std::min<int64_t>(kLanes, d - k), own[r] + k * bytes(m_.type));
+          }
+        };
         if (value) {
-          to_rows(from, d, kPanel, rows.get());
+          each_row(from, d, kPanel, keep);
         } else {
           turn(v, from, k_norm, 1.0f, turned.get());
-          to_rows(turned.get(), d, kLanes, rows.get());
-        }
-        for (int64_t r = v * kLanes; r < std::min((v + 1) * kLanes, a_.rows); ++r) {
-          from_floats(rows.get() + (r - v * kLanes) * depth_, m_.type, d,
-                      attention_.own(i, value, r, kv_head));
+          each_row(turned.get(), d, kLanes, keep);
         }
       }
     });

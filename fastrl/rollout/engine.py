@@ -145,14 +145,16 @@ class RolloutEngine:
         else:
             rows = (CpuRows if isinstance(decoder, Decoder) else NativeRows)(decoder, version)
         was_training = self.model.training
-        self.model.eval()
+        if decoder is None:  # others compute what it computes in eval mode
+            self.model.eval()
         try:
             with generation.progress_bar(progress, sum(request.limits) * group_size) as bar:
                 completions = generation.generate(
                     rows, lm_head(self.model), request, ending, self.max_rows, first_row, bar
                 )
         finally:
-            self.model.train(was_training)
+            if decoder is None:
+                self.model.train(was_training)
         return completions.rollouts(request, version, self._device())
 
     @torch.no_grad()
