@@ -33,6 +33,7 @@ using fastrl::DecodeModel;
 using fastrl::DequantizeArgs;
 using fastrl::Float;
 using fastrl::GaeArgs;
+using fastrl::GenerateArgs;
 using fastrl::GluQuantArgs;
 using fastrl::Heads;
 using fastrl::LinearArgs;
@@ -174,7 +175,12 @@ struct DecodeScratch {
 };
 
 void decode_cpu(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch,
-                int threads){FASTRL_DISPATCH(decode, model, args, scratch.arenas, threads)}
+                int threads) {
+  FASTRL_DISPATCH(decode, model, args, scratch.arenas, threads)
+}
+
+void generate_cpu(const DecodeModel& model, const GenerateArgs& args, DecodeScratch& scratch,
+                  int threads){FASTRL_DISPATCH(generate, model, args, scratch.arenas, threads)}
 
 DecodeLinear
     decode_linear(Address weight, int64_t rows, int64_t depth, int64_t stride, Address bias) {
@@ -225,6 +231,19 @@ DecodeArgs decode_args(int64_t rows, Address tokens, Address positions, Address 
           pointer<const float>(cosine),
           pointer<const float>(sine),
           pointer<void>(hidden)};
+}
+
+GenerateArgs generate_args(const DecodeArgs& decode, const SampleArgs& sample, int64_t steps,
+                           int64_t fewest, Address room, Address stops, int64_t stop_count,
+                           Address count) {
+  return {decode,
+          sample,
+          steps,
+          fewest,
+          pointer<const int64_t>(room),
+          pointer<const int64_t>(stops),
+          stop_count,
+          pointer<int64_t>(count)};
 }
 
 void quantize_rows_cpu(const QuantRowsArgs& args, int threads) {
@@ -527,6 +546,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<DecodeLayer>(m, "decode_layer").def(py::init(&decode_layer));
   py::class_<DecodeModel>(m, "decode_model").def(py::init(&decode_model));
   py::class_<DecodeArgs>(m, "decode_args").def(py::init(&decode_args));
+  py::class_<GenerateArgs>(m, "generate_args").def(py::init(&generate_args));
 
   m.def("use_huge_pages", &use_huge_pages);
   py::class_<DecodeScratch>(m, "decode_scratch").def(py::init<>());
@@ -551,6 +571,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("dequantized_linear_cpu", &dequantized_linear_cpu, release());
   m.def("dequantize_cpu", &dequantize_cpu, release());
   m.def("decode_cpu", &decode_cpu, release());
+  m.def("generate_cpu", &generate_cpu, release());
   m.def("linear_logprob_fwd_cpu", &linear_logprob_fwd_cpu, release());
   m.def("linear_logprob_bwd_cpu", &linear_logprob_bwd_cpu, release());
   m.def("logits_logprob_fwd_cpu", &logits_logprob_fwd_cpu, release());

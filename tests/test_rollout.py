@@ -177,20 +177,21 @@ def test_waiting_groups_take_the_places_of_finished_rows(model, tokenizer, monke
     sampling = SamplingParams(max_new_tokens=12, seed=4)
     prompts, limits = PROMPTS * 3, [12, 1, 3, 2] * 3
     want = RolloutEngine(model, tokenizer).generate(prompts, 2, sampling, max_new_tokens=limits)
-    sizes = []
-    draw = generation.draw
+    sizes, tokens = [], []
+    put = generation.Completions.put
 
-    def watched(hidden, *args):
-        sizes.append(len(hidden))
-        return draw(hidden, *args)
+    def watched(out, at, drawn):
+        sizes.append(len(at))
+        tokens.append(drawn.total())
+        put(out, at, drawn)
 
-    monkeypatch.setattr(generation, "draw", watched)
+    monkeypatch.setattr(generation.Completions, "put", watched)
     engine = RolloutEngine(model, tokenizer, max_rows=5)
     got = engine.generate(prompts, 2, sampling, max_new_tokens=limits)
     assert torch.equal(got.completion_ids, want.completion_ids)
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
     assert got.finish_reason == want.finish_reason and got.prompt_ids == want.prompt_ids
-    assert sum(sizes) == sum(got.layout.completion_lengths) and max(sizes) <= 5
+    assert sum(tokens) == sum(got.layout.completion_lengths) and max(sizes) <= 5
     if engine.fallback_reason is None:  # else one batch after the other
         assert len(sizes) < 6 * max(got.layout.completion_lengths[0::8])
 

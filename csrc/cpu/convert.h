@@ -11,7 +11,7 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-inline int64_t bytes(Float type) { return type == Float::f32 ? 4 : 2; }
+constexpr int64_t bytes(Float type) { return type == Float::f32 ? 4 : 2; }
 
 inline float bf16_to_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -66,6 +66,32 @@ inline uint16_t float_to_f16(float x) {
   return sign | static_cast<uint16_t>(bits >> 13);
 }
 
+// A vector of numbers.
+template <Float type>
+inline Vec load_as(const char* from) {
+  if constexpr (type == Float::f32) {
+    return load(reinterpret_cast<const float*>(from));
+  }
+#if defined(__AVX512F__) && FASTRL_MAX_LANES >= 16
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return type == Float::bf16
+             ? (Vec)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, halves), 16)
+             : (Vec)_mm512_maskz_cvtph_ps(0xffff, halves);
+#elif defined(__AVX2__) && FASTRL_MAX_LANES >= 8
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return type == Float::bf16 ? (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)
+                             : (Vec)_mm256_cvtph_ps(halves);
+#else
+  uint16_t halves[kLanes];
+  std::memcpy(halves, from, sizeof halves);
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = type == Float::bf16 ? bf16_to_float(halves[i]) : f16_to_float(halves[i]);
+  }
+  return x;
+#endif
+}
+
 inline void to_floats(const void* from, Float type, int64_t n, float* to) {
   if (type == Float::f32) {
     std::memcpy(to, from, n * sizeof(float));
@@ -118,6 +144,16 @@ inline void from_floats(const float* from, Float type, int64_t n, void* to) {
   for (; i < n; ++i) {
     y[i] = float_to_f16(from[i]);
   }
+}
+
+// The first n of a vector.
+inline void store_as(Vec x, Float type, int64_t n, char* to) {
+  if (type == Float::f32 && n == kLanes) {
+    return store(reinterpret_cast<float*>(to), x);
+  }
+  float floats[kLanes];
+  store(floats, x);
+  from_floats(floats, type, n, to);
 }
 
 }  // namespace

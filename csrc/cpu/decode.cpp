@@ -1,362 +1,227 @@
-// One call is one step: M rows through all layers. Activations stay in panels, a row per lane
-// (decode_panels.h); only attention (decode_attention.h) and the cache see them row by row. Each
-// product streams its weights once for all rows.
+// Steps of rows through all layers (decode_layers.h), and draws of tokens between them. Where
+// layers are small, each thread takes rows of its own through all that happens to them: threads
+// that shared a layer's stages would wait for each other longer than a stage takes.
 #include "decode.h"
 
-#include "decode_attention.h"
+#include <chrono>
+#include <numeric>
+
+#include "decode_layers.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kWorthWaking = 64 << 10;  // numbers to normalize, for another thread to help
+constexpr int64_t kSmallLayer = 2 << 20;  // bytes of weights that a core keeps near
+constexpr int64_t kTogether = 8;          // steps of a part until rows are shared out again
+constexpr std::chrono::milliseconds kPatience(100);  // after which a call returns to its caller
 
-template <class Kind>
-class Decoder {
- public:
-  Decoder(const DecodeModel& m, const DecodeArgs& a, Arena& arena, int threads)
-      : m_(m),
-        a_(a),
-        threads_(threads),
-        lanes_{a.rows},
-        depth_(round_up(m.head_size, kLanes)),
-        projected_((m.heads + 2 * m.kv_heads) * m.head_size),
-        inner_(m.layers[0].gate.rows),
-        attention_(m, a, arena, threads),
-        x_(arena, lanes_.panels() * m.width * kPanel),
-        y_(arena, lanes_.panels() * std::max(projected_, m.width) * kPanel),
-        angles_(arena, lanes_.panels() * m.head_size * kPanel),
-        input_(arena, lanes_, std::max(m.width, m.heads * m.head_size)),
-        gated_(arena, lanes_, inner_) {}
-
-  void run() {
-    begin();
-    for (size_t i = 0; i < m_.layers.size(); ++i) {
-      const DecodeLayer& layer = m_.layers[i];
-      normalize(layer.attention_norm);
-      project(layer);
-      place(layer, i);
-      attention_.run(i);
-      merge();
-      add(layer.o, input_, layer.post_attention_norm);
-      normalize(layer.mlp_norm);
-      gate(layer);
-      add(layer.down, gated_, layer.post_mlp_norm);
-    }
-    end();
+void decode_rows(const DecodeModel& model, const DecodeArgs& args, Arena& scratch, int threads) {
+  scratch.reset();
+#ifdef FASTRL_PAIRS
+  if (model.type == Float::bf16) {
+    return Decoder<Pairs>(model, args, scratch, threads).run();
   }
-
- private:
-  // Rows of the embedding, and of the table of angles.
-  void begin() {
-    const int64_t half = m_.head_size / 2;
-    if (!lanes_.full()) {
-      std::memset(x_.get(), 0, lanes_.panels() * m_.width * kPanel * 4);
-    }
-    parallel_for(lanes_.count(), threads_, [&](int64_t v) {
-      Buffer<float> rows(kLanes * round_up(m_.width, kLanes));
-      const float *row[kLanes], *cosine[kLanes], *sine[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t r = v * kLanes + i;
-        row[i] = cosine[i] = sine[i] = nullptr;
-        if (r >= a_.rows) {
-          continue;
-        }
-        float* floats = rows.get() + i * round_up(m_.width, kLanes);
-        const int64_t at = a_.tokens[r] * m_.embedding_stride * bytes(m_.type);
-        to_floats(static_cast<const char*>(m_.embedding) + at, m_.type, m_.width, floats);
-        for (int64_t k = 0; k < m_.width; ++k) {
-          floats[k] *= m_.embedding_scale;
-        }
-        row[i] = floats;
-        cosine[i] = a_.cosine + a_.positions[r] * half;
-        sine[i] = a_.sine + a_.positions[r] * half;
-      }
-      to_lanes(row, m_.width, kPanel, x_.get() + Lanes::at(v, m_.width));
-      float* angles = angles_.get() + Lanes::at(v, m_.head_size);
-      for (int64_t k = 0; k < half; ++k) {
-        for (int i = 0; i < kLanes; ++i) {
-          angles[k * kPanel + i] = cosine[i] ? cosine[i][k] : 0.0f;
-          angles[(half + k) * kPanel + i] = sine[i] ? sine[i][k] : 0.0f;
-        }
-      }
-    });
-  }
-
-  // input_ = norm(x_)
-  void normalize(const void* norm) {
-    const Parameters weight(norm, m_.type, m_.width);
-    const int threads = a_.rows * m_.width < kWorthWaking ? 1 : threads_;
-    parallel_for(lanes_.count(), threads, [&](int64_t v) {
-      const float* x = x_.get() + Lanes::at(v, m_.width);
-      const Vec scale = inverse_rms(x, m_.width, kPanel, m_.eps);
-      auto* to = input_.vector(v, m_.width);
-      for (int64_t k = 0; k < m_.width; k += 2) {
-        put(Kind(), to, k, normal(x, k, scale, weight), normal(x, k + 1, scale, weight));
-      }
-    });
-  }
-
-  Vec normal(const float* x, int64_t k, Vec scale, const Parameters& weight) const {
-    return load(x + k * kPanel) * scale * (m_.norm_offset + weight[k]);
-  }
-
-  // y_ = q, k and v of input_, one after the other.
-  void project(const DecodeLayer& layer) {
-    const DecodeLinear* weights[] = {&layer.q, &layer.k, &layer.v};
-    const BlockTasks tasks[] = {{lanes_, layer.q.rows, threads_},
-                                {lanes_, layer.k.rows, threads_},
-                                {lanes_, layer.v.rows, threads_}};
-    const int64_t q = tasks[0].count(), k = q + tasks[1].count(), v = k + tasks[2].count();
-    parallel_for(v, threads_, [&](int64_t task) {
-      const int which = task < q ? 0 : task < k ? 1 : 2;
-      const int64_t before[] = {0, q, k};
-      const int64_t first[] = {0, layer.q.rows, layer.q.rows + layer.k.rows};
-      BlockProduct<Kind> product(*weights[which], m_.type);
-      alignas(64) float z[kBlock * kPanel];
-      tasks[which].run(
-          task - before[which], [&](int64_t r0, int n) { product.take(r0, n); },
-          [&](int64_t r0, int n, int64_t p) {
-            product.with(input_.panel(p, m_.width), lanes_.vectors(p), z);
-            float* to = y_.get() + (p * projected_ + first[which] + r0) * kPanel;
-            for (int r = 0; r < n; ++r) {
-              for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
-                store(to + r * kPanel + j, load(z + r * kPanel + j));
-              }
-            }
-          });
-    });
-  }
-
-  // Norms of heads, positions; queries to attention, keys and values to the cache.
-  void place(const DecodeLayer& layer, int64_t i) {
-    const Parameters q_norm(layer.q_norm, m_.type, m_.head_size);
-    const Parameters k_norm(layer.k_norm, m_.type, m_.head_size);
-    const int64_t heads = m_.heads + 2 * m_.kv_heads, d = m_.head_size;
-    parallel_ranges(lanes_.count() * heads, threads_, [&](int64_t begin, int64_t end) {
-      Buffer<float> turned(d * kLanes), rows(kLanes * depth_);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t v = task / heads, head = task % heads;
-        const bool query = head < m_.heads, value = head >= m_.heads + m_.kv_heads;
-        const float* from = y_.get() + Lanes::at(v, projected_) + head * d * kPanel;
-        for (int64_t k = 0; k < d; ++k) {
-          store(turned.get() + k * kLanes, load(from + k * kPanel));
-        }
-        if (!value) {
-          if (const Parameters& norm = query ? q_norm : k_norm) {
-            const Vec scale = inverse_rms(turned.get(), d, kLanes, m_.eps);
-            for (int64_t k = 0; k < d; ++k) {
-              float* at = turned.get() + k * kLanes;
-              store(at, load(at) * scale * (m_.norm_offset + norm[k]));
-            }
-          }
-          turn(angles_.get() + Lanes::at(v, d), turned.get(), query ? m_.attention_scale : 1.0f);
-        }
-        to_rows(turned.get(), d, kLanes, rows.get());
-        for (int64_t r = v * kLanes; r < std::min((v + 1) * kLanes, a_.rows); ++r) {
-          const float* row = rows.get() + (r - v * kLanes) * depth_;
-          if (query) {
-            std::memcpy(attention_.query(r, head), row, depth_ * 4);
-          } else {
-            const int64_t kv_head = (head - m_.heads) % m_.kv_heads;
-            from_floats(row, m_.type, d, attention_.own(i, value, r, kv_head));
-          }
-        }
-      }
-    });
-  }
-
-  void turn(const float* angles, float* x, float scale) const {
-    const int64_t half = m_.head_size / 2;
-    for (int64_t k = 0; k < half; ++k) {
-      float *low = x + k * kLanes, *high = x + (half + k) * kLanes;
-      const Vec c = load(angles + k * kPanel), s = load(angles + (half + k) * kPanel);
-      const Vec a = load(low), b = load(high);
-      store(low, (a * c - b * s) * scale);
-      store(high, (b * c + a * s) * scale);
-    }
-  }
-
-  // input_ = what attention found, heads side by side.
-  void merge() {
-    const int64_t d = m_.head_size;
-    parallel_ranges(lanes_.count() * m_.heads, threads_, [&](int64_t begin, int64_t end) {
-      Buffer<float> rows(kLanes * depth_), turned(d * kLanes);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t v = task / m_.heads, head = task % m_.heads;
-        attention_.merge(v * kLanes, head, rows.get());
-        const float* row[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          row[i] = rows.get() + i * depth_;
-        }
-        to_lanes(row, d, kLanes, turned.get());
-        auto* to = input_.vector(v, m_.heads * d);
-        for (int64_t k = 0; k < d; k += 2) {
-          put(Kind(), to, head * d + k, load(turned.get() + k * kLanes),
-              load(turned.get() + (k + 1) * kLanes));
-        }
-      }
-    });
-  }
-
-  // x_ += norm(weight from), or without a norm.
-  void add(const DecodeLinear& w, const Operand<Kind>& from, const void* norm) {
-    const BlockTasks tasks(lanes_, w.rows, threads_);
-    float* const sum = norm ? y_.get() : x_.get();
-    parallel_for(tasks.count(), threads_, [&](int64_t task) {
-      BlockProduct<Kind> product(w, m_.type);
-      alignas(64) float z[kBlock * kPanel];
-      tasks.run(
-          task, [&](int64_t r0, int n) { product.take(r0, n); },
-          [&](int64_t r0, int n, int64_t p) {
-            product.with(from.panel(p, w.depth), lanes_.vectors(p), z);
-            float* to = sum + (p * m_.width + r0) * kPanel;
-            for (int r = 0; r < n; ++r) {
-              for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
-                const Vec y = load(z + r * kPanel + j);
-                store(to + r * kPanel + j, norm ? y : load(to + r * kPanel + j) + y);
-              }
-            }
-          });
-    });
-    if (norm) {
-      const Parameters weight(norm, m_.type, m_.width);
-      parallel_for(lanes_.count(), threads_, [&](int64_t v) {
-        const float* y = y_.get() + Lanes::at(v, m_.width);
-        float* x = x_.get() + Lanes::at(v, m_.width);
-        const Vec scale = inverse_rms(y, m_.width, kPanel, m_.eps);
-        for (int64_t k = 0; k < m_.width; ++k) {
-          store(x + k * kPanel, load(x + k * kPanel) + normal(y, k, scale, weight));
-        }
-      });
-    }
-  }
-
-  // gated_ = act(gate input_) * up input_
-  void gate(const DecodeLayer& layer) {
-    const BlockTasks tasks(lanes_, inner_, threads_);
-    parallel_for(tasks.count(), threads_, [&](int64_t task) {
-      BlockProduct<Kind> gate(layer.gate, m_.type), up(layer.up, m_.type);
-      alignas(64) float g[kBlock * kPanel], u[kBlock * kPanel];
-      tasks.run(
-          task,
-          [&](int64_t r0, int n) {
-            gate.take(r0, n);
-            up.take(r0, n);
-          },
-          [&](int64_t r0, int n, int64_t p) {
-            const auto* from = input_.panel(p, m_.width);
-            gate.with(from, lanes_.vectors(p), g);
-            up.with(from, lanes_.vectors(p), u);
-            for (int j = 0; j < lanes_.vectors(p); ++j) {
-              const auto product = [&](int r) {
-                const int64_t at = r * kPanel + j * kLanes;
-                const Vec x = load(g + at);
-                return (m_.gelu ? gelu(x) : silu(x)) * load(u + at);
-              };
-              auto* to = gated_.panel(p, inner_) + j * kLanes;
-              for (int r = 0; r < n; r += 2) {
-                put(Kind(), to, r0 + r, product(r), product(r + 1));
-              }
-            }
-          });
-    });
-  }
-
-  void end() {
-    const Parameters weight(m_.final_norm, m_.type, m_.width);
-    const int64_t width = round_up(m_.width, kLanes);
-    parallel_for(lanes_.count(), threads_, [&](int64_t v) {
-      Buffer<float> normed(m_.width * kLanes), rows(width * kLanes);
-      const float* x = x_.get() + Lanes::at(v, m_.width);
-      const Vec scale = inverse_rms(x, m_.width, kPanel, m_.eps);
-      for (int64_t k = 0; k < m_.width; ++k) {
-        store(normed.get() + k * kLanes, normal(x, k, scale, weight));
-      }
-      to_rows(normed.get(), m_.width, kLanes, rows.get());
-      for (int64_t r = v * kLanes; r < std::min((v + 1) * kLanes, a_.rows); ++r) {
-        from_floats(rows.get() + (r - v * kLanes) * width, m_.type, m_.width,
-                    static_cast<char*>(a_.hidden) + r * m_.width * bytes(m_.type));
-      }
-    });
-  }
-
-  const DecodeModel& m_;
-  const DecodeArgs& a_;
-  const int threads_;
-  const Lanes lanes_;
-  const int64_t depth_, projected_, inner_;
-  Attention attention_;
-  Borrowed<float> x_;       // [panel][H][kPanel], the residual stream
-  Borrowed<float> y_;       // what products leave
-  Borrowed<float> angles_;  // [panel][D][kPanel]: cosines, then sines
-  Operand<Kind> input_, gated_;
-};
-
-// Whether no row reads what a row of another panel writes in this call, as the tokens of a prompt
-// do: the writer of each segment is found in one panel.
-bool panels_are_apart(const DecodeArgs& a) {
-  std::vector<int64_t> writer;
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const int64_t s = a.chain[a.chain_begin[row + 1] - 1];
-    writer.resize(std::max<int64_t>(writer.size(), s + 1), -1);
-    if (writer[s] >= 0 && writer[s] != row / kPanel) {
-      return false;
-    }
-    writer[s] = row / kPanel;
-  }
-  return true;
+#endif
+  Decoder<Floats>(model, args, scratch, threads).run();
 }
 
-constexpr int64_t kSmallLayer = 2 << 20;  // bytes of weights that a core keeps near
-
-// Panels, each through all layers on one thread, where that leaves none idle: of a small model a
-// layer's stages take less time than threads need to meet after each. Of a large one the threads
-// share each stage, so that its weights are read from memory once.
-bool worth_splitting(const DecodeModel& m, const DecodeArgs& a, int threads) {
-  const Lanes lanes{a.rows};
-  const DecodeLayer& l = m.layers[0];
+// Whether threads take rows of their own.
+bool worth_splitting(const DecodeModel& model, int64_t rows, int threads) {
+  const DecodeLayer& l = model.layers[0];
   int64_t weights = 0;
   for (const DecodeLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) {
     weights += w->rows * w->depth;
   }
-  const int64_t turns = ceil_div(lanes.panels(), threads);
-  return threads > 1 && 4 * lanes.panels() >= 3 * turns * threads &&
-         weights * bytes(m.type) <= kSmallLayer && panels_are_apart(a);
+  return threads > 1 && ceil_div(rows, kLanes) >= threads &&
+         weights * bytes(model.type) <= kSmallLayer;
 }
 
-template <class Kind>
-void decode_as(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch,
-               int threads) {
-  const bool split = worth_splitting(model, args, threads);
-  const int64_t parts = split ? Lanes{args.rows}.panels() : 1;
+// Where the first of `rows` of each of `parts` is, and the end: whole vectors, as evenly as that
+// goes.
+std::vector<int64_t> split(int64_t rows, int64_t parts) {
+  std::vector<int64_t> cuts;
+  for (int64_t part = 0; part <= parts; ++part) {
+    cuts.push_back(std::min(ceil_div(rows, kLanes) * part / parts * kLanes, rows));
+  }
+  return cuts;
+}
+
+// The same, of rows of which some may read what others write in this call, as the tokens of a
+// prompt do: those follow one another, and stay in one part.
+std::vector<int64_t> split_apart(const DecodeArgs& a, int64_t parts) {
+  const auto writes = [&](int64_t row) { return a.chain[a.chain_begin[row + 1] - 1]; };
+  std::vector<int64_t> cuts = split(a.rows, parts), writer;
+  int64_t most = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    int64_t& end = cuts[part + 1];
+    end = std::max(end, cuts[part]);
+    while (0 < end && end < a.rows && writes(end) == writes(end - 1)) {
+      ++end;
+    }
+    most = std::max(most, end - cuts[part]);
+    for (int64_t row = cuts[part]; row < end; ++row) {
+      const int64_t s = writes(row);
+      writer.resize(std::max<int64_t>(writer.size(), s + 1), -1);
+      if (writer[s] >= 0 && writer[s] != part) {
+        return {0, a.rows};
+      }
+      writer[s] = part;
+    }
+  }
+  return 2 * most * parts <= 3 * a.rows ? cuts : std::vector<int64_t>{0, a.rows};
+}
+
+void make_room(DecodeScratch& scratch, int64_t parts) {
   if (static_cast<int64_t>(scratch.size()) < parts) {
     scratch.resize(parts);
   }
-  parallel_for(parts, threads, [&](int64_t part) {
-    DecodeArgs some = args;
-    if (split) {
-      const int64_t first = part * kPanel;
-      some.rows = std::min<int64_t>(kPanel, args.rows - first);
-      some.tokens += first;
-      some.positions += first;
-      some.chain_begin += first;
-      some.hidden = static_cast<char*>(args.hidden) + first * model.width * bytes(model.type);
-    }
-    scratch[part].reset();
-    Decoder<Kind>(model, some, scratch[part], split ? 1 : threads).run();
-  });
 }
+
+// Rows on their way through draws and steps: of all that a call was given, the `live` ones, each
+// with the token it has yet to read.
+class Generation {
+ public:
+  Generation(const DecodeModel& model, const GenerateArgs& args, DecodeScratch& scratch,
+             int threads)
+      : m_(model), a_(args), scratch_(scratch), threads_(threads), live_(args.decode.rows) {
+    std::iota(live_.begin(), live_.end(), 0);
+    std::fill_n(a_.count, a_.decode.rows, 0);
+    tokens_.resize(a_.decode.rows);
+    if (a_.decode.tokens) {
+      std::copy_n(a_.decode.tokens, a_.decode.rows, tokens_.begin());
+    }
+  }
+
+  void run() {
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    for (int64_t done = 0; done<a_.steps&& static_cast<int64_t>(live_.size())> a_.fewest;) {
+      const int64_t rows = live_.size();
+      const bool apart = worth_splitting(m_, rows, threads_);
+      const int64_t parts = apart ? ceil_div(ceil_div(rows, kPanel), threads_) * threads_ : 1;
+      const int64_t steps = apart ? std::min(kTogether, a_.steps - done) : 1;
+      const std::vector<int64_t> cuts = split(rows, parts);
+      make_room(scratch_, parts);
+      std::vector<std::vector<int64_t>> left(parts);
+      parallel_for(parts, threads_, [&](int64_t part) {
+        left[part].assign(live_.begin() + cuts[part], live_.begin() + cuts[part + 1]);
+        for (int64_t i = 0; i < steps && !left[part].empty(); ++i) {
+          step(left[part], done + i, scratch_[part], apart ? 1 : threads_);
+        }
+      });
+      live_.clear();
+      for (const auto& rows : left) {
+        live_.insert(live_.end(), rows.begin(), rows.end());
+      }
+      done += steps;
+      if (std::chrono::steady_clock::now() > end) {
+        return;
+      }
+    }
+  }
+
+ private:
+  // Each row reads the token it last drew, if it did, and draws one. Those that end leave `rows`.
+  void step(std::vector<int64_t>& rows, int64_t done, Arena& scratch, int threads) {
+    const int64_t n = rows.size(), row_bytes = m_.width * bytes(m_.type);
+    Buffer<char> hidden(n * row_bytes);
+    if (done == 0 && !a_.decode.tokens) {
+      for (int64_t i = 0; i < n; ++i) {
+        std::memcpy(hidden.get() + i * row_bytes,
+                    static_cast<const char*>(a_.decode.hidden) + rows[i] * row_bytes, row_bytes);
+      }
+    } else {
+      read(rows, done - !a_.decode.tokens, hidden.get(), scratch, threads);
+    }
+    draw(rows, hidden.get(), threads);
+  }
+
+  void read(const std::vector<int64_t>& rows, int64_t taken, void* hidden, Arena& scratch,
+            int threads) const {
+    const DecodeArgs& all = a_.decode;
+    std::vector<int64_t> tokens, positions, chain_begin = {0}, chain;
+    for (int64_t r : rows) {
+      tokens.push_back(tokens_[r]);
+      positions.push_back(all.positions[r] + taken);
+      chain.insert(chain.end(), all.chain + all.chain_begin[r], all.chain + all.chain_begin[r + 1]);
+      chain_begin.push_back(chain.size());
+    }
+    DecodeArgs some = all;
+    some.rows = rows.size();
+    some.tokens = tokens.data();
+    some.positions = positions.data();
+    some.chain_begin = chain_begin.data();
+    some.chain = chain.data();
+    some.hidden = hidden;
+    decode_rows(m_, some, scratch, threads);
+  }
+
+  void draw(std::vector<int64_t>& rows, const void* hidden, int threads) {
+    const int64_t n = rows.size();
+    std::vector<int64_t> seeds, positions, token(n);
+    std::vector<float> inv_temperature, logprob(n), untruncated(n);
+    for (int64_t r : rows) {
+      seeds.push_back(a_.sample.seeds[r]);
+      positions.push_back(a_.sample.positions[r] + a_.count[r]);
+      inv_temperature.push_back(a_.sample.linear.inv_temperature[r]);
+    }
+    SampleArgs some = a_.sample;
+    some.linear.rows = n;
+    some.linear.hidden = hidden;
+    some.linear.inv_temperature = inv_temperature.data();
+    some.seeds = seeds.data();
+    some.positions = positions.data();
+    some.token = token.data();
+    some.logprob = logprob.data();
+    some.untruncated = untruncated.data();
+    linear_sample(some, threads);
+    size_t left = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t r = rows[i], at = r * a_.steps + a_.count[r]++;
+      a_.sample.token[at] = tokens_[r] = token[i];
+      a_.sample.logprob[at] = logprob[i];
+      a_.sample.untruncated[at] = untruncated[i];
+      const auto* stop = std::find(a_.stops, a_.stops + a_.stop_count, token[i]);
+      if (stop == a_.stops + a_.stop_count && a_.count[r] < a_.room[r]) {
+        rows[left++] = r;
+      }
+    }
+    rows.resize(left);
+  }
+
+  const DecodeModel& m_;
+  const GenerateArgs& a_;
+  DecodeScratch& scratch_;
+  const int threads_;
+  std::vector<int64_t> live_, tokens_;
+};
 
 }  // namespace
 
 void decode(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch, int threads) {
-#ifdef FASTRL_PAIRS
-  if (model.type == Float::bf16) {
-    return decode_as<Pairs>(model, args, scratch, threads);
+  std::vector<int64_t> cuts = {0, args.rows};
+  if (worth_splitting(model, args.rows, threads)) {
+    cuts = split_apart(args, threads);
   }
-#endif
-  decode_as<Floats>(model, args, scratch, threads);
+  const int64_t parts = cuts.size() - 1;
+  make_room(scratch, parts);
+  parallel_for(parts, threads, [&](int64_t part) {
+    const int64_t first = cuts[part];
+    DecodeArgs some = args;
+    some.rows = cuts[part + 1] - first;
+    some.tokens += first;
+    some.positions += first;
+    some.chain_begin += first;
+    some.hidden = static_cast<char*>(args.hidden) + first * model.width * bytes(model.type);
+    if (some.rows > 0) {
+      decode_rows(model, some, scratch[part], parts > 1 ? 1 : threads);
+    }
+  });
+}
+
+void generate(const DecodeModel& model, const GenerateArgs& args, DecodeScratch& scratch,
+              int threads) {
+  Generation(model, args, scratch, threads).run();
 }
 
 }  // namespace FASTRL_ISA

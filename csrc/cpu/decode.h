@@ -14,6 +14,7 @@
 #include "arena.h"
 #include "float.h"
 #include "isa.h"
+#include "sample.h"
 
 namespace fastrl {
 
@@ -61,10 +62,25 @@ struct DecodeArgs {
 
 using DecodeScratch = std::vector<Arena>;  // kept from call to call, used by one at a time
 
-#define FASTRL_DECLARE_DECODE(isa)                                                      \
-  namespace isa {                                                                       \
-  void decode(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch, \
-              int threads);                                                             \
+// Up to `steps` draws of each row, and between them the steps that read what was drawn. A row ends
+// with a token of `stops` or when it has no room; the call returns when no more than `fewest` rows
+// are left, or after about a tenth of a second.
+struct GenerateArgs {
+  DecodeArgs decode;  // tokens: what the rows drew last; null where they begin, with `hidden`
+  SampleArgs sample;  // positions: of the first draw; token, logprob and untruncated: [M, steps]
+  int64_t steps, fewest;
+  const int64_t* room;  // [M] draws
+  const int64_t* stops;
+  int64_t stop_count;
+  int64_t* count;  // [M], of draws made: the same of all rows that have not ended
+};
+
+#define FASTRL_DECLARE_DECODE(isa)                                                          \
+  namespace isa {                                                                           \
+  void decode(const DecodeModel& model, const DecodeArgs& args, DecodeScratch& scratch,     \
+              int threads);                                                                 \
+  void generate(const DecodeModel& model, const GenerateArgs& args, DecodeScratch& scratch, \
+                int threads);                                                               \
   }
 FASTRL_FOR_EACH_ISA(FASTRL_DECLARE_DECODE)
 

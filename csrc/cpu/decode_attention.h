@@ -1,11 +1,14 @@
-// Attention of new tokens over cached segments, a chunk of kKeys keys of one segment and one key
-// head at a time. A segment that many rows share is read once for all of them: their queries ride
-// in lanes,
+// Attention of new tokens over cached segments, in chunks of kKeys keys of one segment.
+//
+// A segment that many rows share is read once for all of them, a key head at a time: their queries
+// ride in lanes,
 //
 //   scores[keys x queries] = K[keys x D] * Q[D x queries],  out[D x queries] = V^T * exp(scores -
 //   max)
 //
-// A row's own segment has too few queries for that, so there the lanes run along D and the keys.
+// In a row's own segment each query has keys of its own. There the lanes run along D for the
+// products, and are queries for the softmax.
+//
 // A chunk's maximum, sum and unscaled output are kept in float and merged in order. Chunks are
 // counted from the segment's start, so a row's bits do not depend on who else reads the segment.
 #pragma once
@@ -50,56 +53,72 @@ class Attention {
 
   // All queries against all that they see, chunk by chunk.
   void run(int64_t layer) const {
-    const int64_t count = items_.size() * m_.kv_heads;
-    parallel_ranges(count, threads_, [&](int64_t begin, int64_t end) {
+    const int64_t shared = items_.size() * m_.kv_heads, own = ceil_div(units(), kLanes);
+    parallel_ranges(shared + own, threads_, [&](int64_t begin, int64_t end) {
       const Scratch scratch(*this);
       for (int64_t i = begin; i < end; ++i) {
-        const Item& item = items_[i / m_.kv_heads];
-        const int64_t kv_head = i % m_.kv_heads;
-        if (a_.shared[visits_[item.begin].segment]) {
-          attend_shared(layer, item, kv_head, scratch);
+        if (i < shared) {
+          attend_shared(layer, items_[i / m_.kv_heads], i % m_.kv_heads, scratch);
         } else {
-          for (int64_t v = item.begin; v < item.end; ++v) {
-            attend_own(layer, visits_[v], item.first, kv_head, scratch);
-          }
+          attend_own(layer, (i - shared) * kLanes, scratch);
         }
       }
     });
   }
 
-  // What a head of kLanes rows from `row` comes to, [kLanes][round_up(D, kLanes)].
-  void merge(int64_t row, int64_t head, float* to) const {
+  // What a head of kLanes rows from `row` comes to, to[kLanes][round_up(D, kLanes)]. For scratch,
+  // factors() floats.
+  void merge(int64_t row, int64_t head, float* to, float* factors) const {
+    int64_t begin[kLanes], count[kLanes], most = 0;
     for (int i = 0; i < kLanes; ++i) {
-      float* merged = to + i * depth_;
-      std::fill_n(merged, depth_, 0.0f);
-      if (row + i >= a_.rows) {
-        continue;
+      const int64_t r = std::min(row + i, a_.rows - 1);
+      begin[i] = first_part_[r];
+      count[i] = row + i < a_.rows ? first_part_[r + 1] - begin[i] : 0;
+      most = std::max(most, count[i]);
+    }
+    const auto of_rows = [&](const Borrowed<float>& values, int64_t p, float otherwise) {
+      Vec x = splat(otherwise);
+      for (int i = 0; i < kLanes; ++i) {
+        x[i] = p < count[i] ? values[(begin[i] + p) * m_.heads + head] : otherwise;
       }
-      const int64_t begin = first_part_[row + i], end = first_part_[row + i + 1];
-      float highest = kNone, total = 0.0f;
-      for (int64_t p = begin; p < end; ++p) {
-        highest = std::max(highest, max_[p * m_.heads + head]);
-      }
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t at = p * m_.heads + head;
-        if (sum_[at] == 0.0f) {
-          continue;  // outside the window
-        }
-        const float scale = exp(splat(max_[at] - highest))[0];
-        total += scale * sum_[at];
-        for (int64_t d = 0; d < depth_; d += kLanes) {
-          store(merged + d,
-                fma(splat(scale), load(out_.get() + at * depth_ + d), load(merged + d)));
-        }
-      }
+      return x;
+    };
+    Vec highest = splat(kNone), total = {};
+    for (int64_t p = 0; p < most; ++p) {
+      highest = at_least(highest, of_rows(max_, p, kNone));
+    }
+    for (int64_t p = 0; p < most; ++p) {
+      const Vec sum = of_rows(sum_, p, 0.0f);
+      const Vec down = at_least(of_rows(max_, p, kNone) - highest, splat(kLowest));
+      const Vec factor = select(sum == 0.0f, Vec{}, exp_from_lowest(down));
+      store(factors + p * kLanes, factor);
+      total = fma(factor, sum, total);
+    }
+    for (int i = 0; i < kLanes; ++i) {
       for (int64_t d = 0; d < depth_; d += kLanes) {
-        store(merged + d, load(merged + d) / total);
+        Vec merged = {};
+        for (int64_t p = 0; p < count[i]; ++p) {
+          const int64_t at = (begin[i] + p) * m_.heads + head;
+          if (sum_[at] != 0.0f) {  // else outside the window
+            merged =
+                fma(splat(factors[p * kLanes + i]), load(out_.get() + at * depth_ + d), merged);
+          }
+        }
+        store(to + i * depth_ + d, merged);
+      }
+    }
+    const Vec inverse = 1.0f / select(total == 0.0f, splat(1.0f), total);  // of no row
+    for (int i = 0; i < kLanes; ++i) {
+      for (int64_t d = 0; d < depth_; d += kLanes) {
+        store(to + i * depth_ + d, load(to + i * depth_ + d) * inverse[i]);
       }
     }
   }
 
+  int64_t factors() const { return most_parts_ * kLanes; }
+
  private:
-  // A row that reads a segment up to `limit`, and where its chunks' results go.
+  // A row that reads a shared segment up to `limit`, and where its chunks' results go.
   struct Visit {
     int64_t segment, row, limit, part;
   };
@@ -107,11 +126,15 @@ class Attention {
   struct Item {
     int64_t begin, end, first, keys;
   };
+  // A chunk of a segment that only `row` reads.
+  struct Own {
+    int64_t segment, row, first, keys, part;
+  };
 
-  // For a task's chunks. The keys and values of one, as floats, `depth_` or D of them apart.
+  // For a task's chunks; the keys and values of one as floats, where they are not.
   struct Scratch {
     explicit Scratch(const Attention& a)
-        : floats(2 * round_up(a.most_keys_, kLanes) * a.depth_),
+        : floats(a.m_.type == Float::f32 ? 0 : 2 * a.most_keys_ * a.m_.head_size),
           query(a.depth_ * kPanel),
           scores(round_up(a.most_keys_, kBlock) * kPanel),
           out(round_up(a.depth_, kBlock) * kPanel),
@@ -129,11 +152,22 @@ class Attention {
         const int64_t s = a_.chain[c];
         const int64_t until = c + 1 < end ? a_.start[a_.chain[c + 1]] : a_.positions[row] + 1;
         const int64_t limit = until - a_.start[s];
-        visits_.push_back({s, row, limit, parts});
-        parts += ceil_div(limit, kKeys);
+        if (a_.shared[s]) {
+          visits_.push_back({s, row, limit, parts});
+          parts += ceil_div(limit, kKeys);
+        } else {
+          for (int64_t first = 0; first < limit; first += kKeys) {
+            own_.push_back({s, row, first, std::min(kKeys, limit - first), parts++});
+          }
+        }
       }
+      most_parts_ = std::max(most_parts_, parts - first_part[row]);
     }
     first_part[a_.rows] = parts;
+    // Chunks of about as many keys are computed together.
+    std::stable_sort(own_.begin(), own_.end(),
+                     [](const Own& x, const Own& y) { return x.keys > y.keys; });
+    most_keys_ = own_.empty() ? 0 : own_[0].keys;
     std::stable_sort(visits_.begin(), visits_.end(),
                      [](const Visit& x, const Visit& y) { return x.segment < y.segment; });
     const int64_t count = visits_.size();
@@ -150,6 +184,9 @@ class Attention {
     return first_part;
   }
 
+  // Heads of rows' own chunks, a chunk's heads one after the other.
+  int64_t units() const { return own_.size() * m_.heads; }
+
   char* cached(int64_t layer, int kind, int64_t s, int64_t kv_head, int64_t key) const {
     const int64_t at =
         (((layer * 2 + kind) * m_.kv_heads + kv_head) * a_.capacity[s] + key) * m_.head_size;
@@ -159,6 +196,7 @@ class Attention {
   // The queries of a panel, and the keys [low, high) of the chunk that each sees.
   struct Panel {
     int64_t count = 0;
+    int vectors = 0;
     float* query[kPanel];
     int64_t part[kPanel];  // -1 where the row does not reach the chunk
     int32_t low[kPanel], high[kPanel];
@@ -168,7 +206,9 @@ class Attention {
   Panel panel(const Item& item, int64_t window, int64_t kv_head, int64_t q0) const {
     Panel p;
     p.count = std::min<int64_t>(kPanel, (item.end - item.begin) * group_ - q0);
-    for (int64_t i = 0; i < kPanel; ++i) {
+    p.vectors = static_cast<int>(ceil_div(p.count, kLanes));
+    p.vectors = p.vectors > 2 ? kVectors : p.vectors;  // as many as products are made for
+    for (int64_t i = 0; i < p.vectors * kLanes; ++i) {
       p.query[i] = nullptr;
       p.part[i] = -1;
       p.low[i] = p.high[i] = 0;
@@ -191,173 +231,212 @@ class Attention {
     return p;
   }
 
-  // Where the `keys` keys (kind 0) or values (1) of a chunk are as floats, `width` apart.
-  const float* as_floats(int64_t layer, int kind, int64_t s, int64_t kv_head, int64_t first,
-                         int64_t keys, int64_t width, const Scratch& scratch) const {
-    const int64_t d = m_.head_size;
-    const char* from = cached(layer, kind, s, kv_head, first);
-    if (m_.type == Float::f32 && width == d) {
+  // Where the keys (kind 0) or values (1) of a chunk are as floats.
+  const float* as_floats(int64_t layer, int kind, const Item& item, int64_t kv_head,
+                         const Scratch& scratch) const {
+    const char* from = cached(layer, kind, visits_[item.begin].segment, kv_head, item.first);
+    if (m_.type == Float::f32) {
       return reinterpret_cast<const float*>(from);
     }
-    float* to = scratch.floats.get() + kind * round_up(most_keys_, kLanes) * depth_;
-    if (width == d) {
-      to_floats(from, m_.type, keys * d, to);
-    } else {
-      for (int64_t k = 0; k < keys; ++k) {
-        to_floats(from + k * d * bytes(m_.type), m_.type, d, to + k * width);
-        std::fill_n(to + k * width + d, width - d, 0.0f);
-      }
-    }
+    float* to = scratch.floats.get() + kind * most_keys_ * m_.head_size;
+    to_floats(from, m_.type, item.keys * m_.head_size, to);
     return to;
   }
 
   void attend_shared(int64_t layer, const Item& item, int64_t kv_head,
                      const Scratch& scratch) const {
-    const int64_t d = m_.head_size, s = visits_[item.begin].segment;
-    const auto floats = [&](int kind) {
-      return as_floats(layer, kind, s, kv_head, item.first, item.keys, d, scratch);
-    };
-    const float* const kv[] = {floats(0), floats(1)};
-    const auto &query = scratch.query, &scores = scratch.scores, &out = scratch.out,
-               &rows = scratch.rows;
+    const int64_t d = m_.head_size;
+    const float* const kv[] = {as_floats(layer, 0, item, kv_head, scratch),
+                               as_floats(layer, 1, item, kv_head, scratch)};
+    const auto &query = scratch.query, &scores = scratch.scores, &out = scratch.out;
     for (int64_t q0 = 0; q0 < (item.end - item.begin) * group_; q0 += kPanel) {
       const Panel p = panel(item, m_.layers[layer].window, kv_head, q0);
       if (!p.any) {
         continue;
       }
-      const int wanted = static_cast<int>(ceil_div(p.count, kLanes));
-      const int vectors = wanted > 2 ? kVectors : wanted;
-      for (int j = 0; j < vectors; ++j) {
+      for (int j = 0; j < p.vectors; ++j) {
         to_lanes(p.query + j * kLanes, d, kPanel, query.get() + j * kLanes);
       }
-      multiply_rows(kv[0], d, 1, item.keys, d, query.get(), vectors, scores.get());
-      for (int j = 0; j < vectors; ++j) {
+      multiply_rows(kv[0], d, 1, item.keys, d, query.get(), p.vectors, scores.get());
+      for (int j = 0; j < p.vectors; ++j) {
         soften(scores.get() + j * kLanes, item.keys, p, j * kLanes);
       }
-      multiply_rows(kv[1], 1, d, d, item.keys, scores.get(), vectors, out.get());
-      for (int j = 0; j < wanted; ++j) {
-        to_rows(out.get() + j * kLanes, d, kPanel, rows.get());
-        for (int i = 0; i < kLanes; ++i) {
+      multiply_rows(kv[1], 1, d, d, item.keys, scores.get(), p.vectors, out.get());
+      for (int j = 0; j < ceil_div(p.count, kLanes); ++j) {
+        each_row(out.get() + j * kLanes, d, kPanel, [&](int i, int64_t k, Vec x) {
           const int64_t part = p.part[j * kLanes + i];
           if (part >= 0) {
-            std::memcpy(out_.get() + part * depth_, rows.get() + i * depth_, depth_ * 4);
+            store(out_.get() + part * depth_ + k, x);
           }
+        });
+      }
+    }
+  }
+
+  // kLanes units from `first` on, each a query and the keys [low, keys) of its chunk.
+  struct Units {
+    int64_t count = 0, least = 0, most = 0;  // keys that any of them reads
+    int64_t streams = 0;                     // of values: a group of heads has one
+    const char* stream[kLanes];
+    const float* query[kLanes];
+    const char *key[kLanes], *value[kLanes];
+    int64_t last[kLanes], part[kLanes];
+    int32_t low[kLanes], keys[kLanes];
+  };
+
+  void attend_own(int64_t layer, int64_t first, const Scratch& scratch) const {
+    Units u;
+    u.count = std::min<int64_t>(kLanes, units() - first);
+    u.least = kKeys;
+    const int64_t window = m_.layers[layer].window;
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t unit = first + std::min<int64_t>(i, u.count - 1);
+      const Own& own = own_[unit / m_.heads];
+      const int64_t head = unit % m_.heads, kv_head = head / group_;
+      const int64_t chunk = a_.start[own.segment] + own.first;
+      const int64_t oldest = window > 0 ? a_.positions[own.row] - window + 1 : 0;
+      const int64_t low = std::min(std::max<int64_t>(oldest - chunk, 0), own.keys);
+      u.query[i] = query(own.row, head);
+      u.key[i] = cached(layer, 0, own.segment, kv_head, own.first);
+      u.value[i] = cached(layer, 1, own.segment, kv_head, own.first);
+      u.last[i] = own.keys - 1;
+      u.part[i] = own.part * m_.heads + head;
+      if (i == 0 || u.value[i] != u.value[i - 1]) {
+        u.stream[u.streams++] = u.value[i];
+      }
+      u.low[i] = static_cast<int32_t>(low);
+      u.keys[i] = static_cast<int32_t>(own.keys);
+      u.least = std::min(u.least, low);
+      u.most = std::max(u.most, own.keys);
+    }
+    float* scores = scratch.scores.get();
+    switch (m_.type) {
+      case Float::f32:
+        return attend_units<Float::f32>(u, scores);
+      case Float::bf16:
+        return attend_units<Float::bf16>(u, scores);
+      case Float::f16:
+        return attend_units<Float::f16>(u, scores);
+    }
+  }
+
+  template <Float type>
+  void attend_units(const Units& u, float* scores) const {
+    if (m_.head_size == 2 * kLanes) {
+      score<type, 2>(u, scores);
+    } else if (m_.head_size == 4 * kLanes) {
+      score<type, 4>(u, scores);
+    } else {
+      score<type, 0>(u, scores);
+    }
+    soften(u, scores);
+    for (int i = 0; i < u.count; ++i) {
+      if (u.low[i] < u.keys[i]) {
+        weigh<type>(scores + i, u.value[i], u.low[i], u.keys[i], out_.get() + u.part[i] * depth_);
+      }
+    }
+  }
+
+  // The score of each unit's keys, a unit per lane; of a unit with fewer keys than others, its
+  // last one's again. Heads have V vectors, or with 0 any number.
+  template <Float type, int V>
+  void score(const Units& u, float* scores) const {
+    const int64_t size = bytes(type), row = m_.head_size * size;
+    const int64_t whole = V ? V * kLanes : m_.head_size / kLanes * kLanes;
+    for (int64_t k = u.least; k < u.most; ++k) {
+      for (int64_t i = 0; i < u.streams; ++i) {  // read one by one later, each too late to wait for
+        for (int64_t at = k * row; at < (k + 1) * row; at += 64) {
+          __builtin_prefetch(u.stream[i] + at);
         }
       }
-    }
-  }
-
-  // One row and its group of heads against a chunk of its own segment.
-  void attend_own(int64_t layer, const Visit& visit, int64_t first, int64_t kv_head,
-                  const Scratch& scratch) const {
-    const int64_t keys = std::min(kKeys, visit.limit - first), window = m_.layers[layer].window;
-    if (keys <= 0) {
-      return;
-    }
-    const int64_t chunk = a_.start[visit.segment] + first;
-    const int64_t oldest = window > 0 ? a_.positions[visit.row] - window + 1 : 0;
-    const int64_t low = std::min(std::max<int64_t>(oldest - chunk, 0), keys);
-    const auto floats = [&](int kind) {
-      return as_floats(layer, kind, visit.segment, kv_head, first, keys, depth_, scratch);
-    };
-    const bool in_place = m_.type == Float::f32 && depth_ == m_.head_size;
-    const int64_t readable = in_place ? a_.capacity[visit.segment] - first : round_up(keys, kLanes);
-    const float *key = floats(0), *value = floats(1);
-    float* scores = scratch.scores.get();
-    for (int64_t head = kv_head * group_; head < (kv_head + 1) * group_; ++head) {
-      const int64_t part = (visit.part + first / kKeys) * m_.heads + head;
-      const float highest = score(query(visit.row, head), key, low, keys, readable, scores);
-      max_[part] = highest;
-      sum_[part] = 0.0f;
-      if (low < keys) {
-        sum_[part] = soften(scores, low, keys, highest);
-        weigh(scores, value, low, keys, out_.get() + part * depth_);
+      Vec sums[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const char* key = u.key[i] + std::min(k, u.last[i]) * row;
+        Vec sum = {};
+        for (int64_t d = 0; d < whole; d += kLanes) {
+          sum = fma(load(u.query[i] + d), load_as<type>(key + d * size), sum);
+        }
+        if (whole < m_.head_size) {
+          sum = fma(load(u.query[i] + whole), load_some<type>(key + whole * size), sum);
+        }
+        sums[i] = sum;
       }
+      store(scores + k * kLanes, sums_of(sums));
     }
   }
 
-  // Scores of the keys [low, keys), and their maximum. Lanes along D, then along keys. There is
-  // room for `readable` keys, of which those from `keys` on hold anything.
-  float score(const float* query, const float* key, int64_t low, int64_t keys, int64_t readable,
-              float* scores) const {
-    Vec highest = splat(kNone);
-    for (int64_t k = low / kLanes * kLanes; k < keys; k += kLanes) {
-      Vec x = k + kLanes <= readable
-                  ? products(query, key + k * depth_, std::integral_constant<int, kLanes>())
-                  : products(query, key + k * depth_, static_cast<int>(keys - k));
-      if (m_.softcap > 0.0f) {
-        x = m_.softcap * tanh(x / m_.softcap);
+  // The last numbers of a head that does not fill its vectors.
+  template <Float type>
+  Vec load_some(const char* from) const {
+    char filled[kLanes * 4] = {};
+    std::memcpy(filled, from, m_.head_size % kLanes * bytes(type));
+    return load_as<type>(filled);
+  }
+
+  // Scores of units to exp(score - max), with their maximum and sum.
+  void soften(const Units& u, float* scores) const {
+    IVec low, high;
+    std::memcpy(&low, u.low, sizeof low);
+    std::memcpy(&high, u.keys, sizeof high);
+    Vec highest = splat(kNone), sum = {};
+    soften(scores, kLanes, u.least, u.most, low, high, highest, sum);
+    for (int i = 0; i < u.count; ++i) {
+      max_[u.part[i]] = highest[i];
+      sum_[u.part[i]] = sum[i];
+    }
+  }
+
+  // out = sum of weight k, kLanes apart, times value k, over [low, keys).
+  template <Float type>
+  void weigh(const float* weights, const char* value, int64_t low, int64_t keys, float* out) const {
+    const int64_t size = bytes(type), d = m_.head_size;
+    int64_t at = 0;
+    for (; at + 4 * kLanes <= d; at += 4 * kLanes) {
+      weigh<type, 4>(weights, value + at * size, low, keys, out + at);
+    }
+    for (; at + 2 * kLanes <= d; at += 2 * kLanes) {
+      weigh<type, 2>(weights, value + at * size, low, keys, out + at);
+    }
+    for (; at + kLanes <= d; at += kLanes) {
+      weigh<type, 1>(weights, value + at * size, low, keys, out + at);
+    }
+    if (at < d) {
+      Vec sum = {};
+      for (int64_t k = low; k < keys; ++k) {
+        const Vec x = load_some<type>(value + (k * d + at) * size);
+        sum = fma(splat(weights[k * kLanes]), x, sum);
       }
-      store(scores + k, x);
-      highest = at_least(highest, select(between(k, low, keys), x, splat(kNone)));
-    }
-    return fold(highest, [](Vec a, Vec b) { return at_least(a, b); })[0];
-  }
-
-  // The query times each of `count` keys, in lanes. A constant count keeps the sums in registers.
-  template <class Count>
-  Vec products(const float* query, const float* key, Count count) const {
-    Vec sums[kLanes] = {};
-    for (int64_t d = 0; d < depth_; d += kLanes) {
-      const Vec q = load(query + d);
-      for (int i = 0; i < count; ++i) {
-        sums[i] = fma(q, load(key + i * depth_ + d), sums[i]);
-      }
-    }
-    return sums_of(sums);
-  }
-
-  // Lanes k, k + 1, ... that lie in [low, high).
-  static IVec between(int64_t k, int64_t low, int64_t high) {
-    IVec lane;
-    for (int i = 0; i < kLanes; ++i) {
-      lane[i] = i;
-    }
-    lane += static_cast<int32_t>(k);
-    return (lane >= static_cast<int32_t>(low)) & (lane < static_cast<int32_t>(high));
-  }
-
-  // Scores to exp(score - highest), and their sum.
-  static float soften(float* scores, int64_t low, int64_t keys, float highest) {
-    Vec sums = {};
-    for (int64_t k = low / kLanes * kLanes; k < keys; k += kLanes) {
-      const Vec x = at_least(load(scores + k) - highest, splat(kLowest));
-      const Vec e = select(between(k, low, keys), exp_from_lowest(x), Vec{});
-      store(scores + k, e);
-      sums += e;
-    }
-    return fold(sums, [](Vec a, Vec b) { return a + b; })[0];
-  }
-
-  // out = sum of weight k times value k, over [low, keys).
-  void weigh(const float* weights, const float* value, int64_t low, int64_t keys,
-             float* out) const {
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= depth_; d += 4 * kLanes) {
-      weigh<4>(weights, value + d, low, keys, out + d);
-    }
-    for (; d < depth_; d += kLanes) {
-      weigh<1>(weights, value + d, low, keys, out + d);
+      store(out + at, sum);
     }
   }
 
-  template <int V>
-  void weigh(const float* weights, const float* value, int64_t low, int64_t keys,
-             float* out) const {
-    Vec even[V] = {}, odd[V] = {};  // two chains of additions
-    int64_t k = low;
-    for (; k + 1 < keys; k += 2) {
+  template <Float type, int V>
+  void weigh(const float* weights, const char* value, int64_t low, int64_t keys, float* out) const {
+    constexpr int kChains = V == 4 ? 2 : 4;  // of additions, to wait for none
+    const int64_t size = bytes(type), row = m_.head_size * size;
+    Vec sums[kChains][V] = {};
+    const auto add = [&](int64_t k, Vec(&sum)[V]) {
       for (int j = 0; j < V; ++j) {
-        const float* at = value + k * depth_ + j * kLanes;
-        even[j] = fma(splat(weights[k]), load(at), even[j]);
-        odd[j] = fma(splat(weights[k + 1]), load(at + depth_), odd[j]);
+        const Vec x = load_as<type>(value + k * row + j * kLanes * size);
+        sum[j] = fma(splat(weights[k * kLanes]), x, sum[j]);
       }
+    };
+    int64_t k = low;
+    for (; k + kChains <= keys; k += kChains) {
+      for (int c = 0; c < kChains; ++c) {
+        add(k + c, sums[c]);
+      }
+    }
+    for (; k < keys; ++k) {
+      add(k, sums[0]);
     }
     for (int j = 0; j < V; ++j) {
-      if (k < keys) {
-        even[j] = fma(splat(weights[k]), load(value + k * depth_ + j * kLanes), even[j]);
+      Vec sum = sums[0][j] + sums[1][j];
+      if constexpr (kChains == 4) {
+        sum += sums[2][j] + sums[3][j];
       }
-      store(out + j * kLanes, even[j] + odd[j]);
+      store(out + j * kLanes, sum);
     }
   }
 
@@ -369,7 +448,7 @@ class Attention {
     rows.stride = step * 4;
     for (int64_t i = 0; i < n; i += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, n - i));
-      for (int r = 0; r < kBlock; ++r) {
+      for (int r = 0; r < round_up(count, 2 * kRows); ++r) {
         rows.row[r] = (i + std::min(r, count - 1)) * row * 4;
       }
       multiply<Floats>(rows, count, depth, b, vectors, c + i * kPanel);
@@ -382,27 +461,33 @@ class Attention {
     std::memcpy(&low, p.low + lane, sizeof low);
     std::memcpy(&high, p.high + lane, sizeof high);
     Vec highest = splat(kNone), sum = {};
-    for (int64_t k = 0; k < keys; ++k) {
-      Vec x = load(scores + k * kPanel);
-      if (m_.softcap > 0.0f) {
-        x = m_.softcap * tanh(x / m_.softcap);
-        store(scores + k * kPanel, x);
-      }
-      const IVec key = IVec{} + static_cast<int32_t>(k);
-      highest = at_least(highest, select((key >= low) & (key < high), x, splat(kNone)));
-    }
-    for (int64_t k = 0; k < keys; ++k) {
-      const IVec key = IVec{} + static_cast<int32_t>(k);
-      const Vec x = at_least(load(scores + k * kPanel) - highest, splat(kLowest));
-      const Vec e = select((key >= low) & (key < high), exp_from_lowest(x), Vec{});
-      store(scores + k * kPanel, e);
-      sum += e;
-    }
+    soften(scores, kPanel, 0, keys, low, high, highest, sum);
     for (int i = 0; i < kLanes; ++i) {
       if (p.part[lane + i] >= 0) {
         max_[p.part[lane + i]] = highest[i];
         sum_[p.part[lane + i]] = sum[i];
       }
+    }
+  }
+
+  // The same of keys [begin, end), `stride` floats apart; each lane sees its [low, high).
+  void soften(float* scores, int64_t stride, int64_t begin, int64_t end, IVec low, IVec high,
+              Vec& highest, Vec& sum) const {
+    for (int64_t k = begin; k < end; ++k) {
+      Vec x = load(scores + k * stride);
+      if (m_.softcap > 0.0f) {
+        x = m_.softcap * tanh(x / m_.softcap);
+        store(scores + k * stride, x);
+      }
+      const IVec key = IVec{} + static_cast<int32_t>(k);
+      highest = at_least(highest, select((key >= low) & (key < high), x, splat(kNone)));
+    }
+    for (int64_t k = begin; k < end; ++k) {
+      const IVec key = IVec{} + static_cast<int32_t>(k);
+      const Vec x = at_least(load(scores + k * stride) - highest, splat(kLowest));
+      const Vec e = select((key >= low) & (key < high), exp_from_lowest(x), Vec{});
+      store(scores + k * stride, e);
+      sum += e;
     }
   }
 
@@ -412,10 +497,11 @@ class Attention {
   const int64_t depth_, group_;
   std::vector<Visit> visits_;  // by segment, then row
   std::vector<Item> items_;
-  int64_t most_keys_ = 0;
-  std::vector<int64_t> first_part_;  // of each row
-  Borrowed<float> query_;            // [M, Hq, depth]
-  Borrowed<float> out_, max_, sum_;  // [parts, Hq] and depth
+  std::vector<Own> own_;
+  int64_t most_keys_ = 0, most_parts_ = 0;  // of a chunk; of a row
+  std::vector<int64_t> first_part_;         // of each row
+  Borrowed<float> query_;                   // [M, Hq, depth]
+  Borrowed<float> out_, max_, sum_;         // [parts, Hq] and depth
 };
 
 }  // namespace

@@ -30,12 +30,11 @@ struct Lanes {
   int64_t rows;
 
   int64_t panels() const { return ceil_div(rows, kPanel); }
-  // Vectors of the panel that hold rows, as many as products are made for.
+  // Vectors of the panel that hold rows.
   int vectors(int64_t p) const {
-    const int64_t n = ceil_div(std::min<int64_t>(kPanel, rows - p * kPanel), kLanes);
-    return n > 2 ? kVectors : static_cast<int>(n);
+    return static_cast<int>(ceil_div(std::min<int64_t>(kPanel, rows - p * kPanel), kLanes));
   }
-  // All vectors of all panels; what products write into more than these is never read.
+  // All vectors of all panels.
   int64_t count() const { return ceil_div(rows, kLanes); }
   bool full() const { return count() == panels() * kVectors; }
   // Where vector v begins in panels of `features`.
@@ -175,12 +174,16 @@ struct BlockTasks {
 // Runs task(begin, end) over [0, count) in a few ranges, each of which can keep its scratch.
 template <class Task>
 void parallel_ranges(int64_t count, int threads, const Task& task) {
-  const int64_t each = ceil_div(count, 8 * threads);
+  const int64_t each = ceil_div(count, threads > 1 ? 8 * threads : 1);
   parallel_for(ceil_div(count, each), threads,
                [&](int64_t range) { task(range * each, std::min((range + 1) * each, count)); });
 }
 
-inline Vec silu(Vec x) { return x / (exp(-x) + 1.0f); }
+inline Vec silu(Vec x) {
+  const Vec e =
+      exp_from_lowest(at_least(as_float(as_int(x) | INT32_MIN), splat(kLowest)));  // e^-|x|
+  return x * select(x < 0.0f, e, splat(1.0f)) / (e + 1.0f);
+}
 
 inline Vec gelu(Vec x) {
   return 0.5f * x * (tanh(0.797884561f * (x + 0.044715f * (x * x * x))) + 1.0f);
@@ -189,31 +192,21 @@ inline Vec gelu(Vec x) {
 // 1 / sqrt(mean x^2 + eps) over n features, `stride` floats apart.
 inline Vec inverse_rms(const float* x, int64_t n, int64_t stride, float eps) {
   Vec sums[4] = {};
-  for (int64_t k = 0; k < n; ++k) {
+  const auto add = [&](int64_t k, Vec& sum) {
     const Vec v = load(x + k * stride);
-    sums[k % 4] = fma(v, v, sums[k % 4]);
+    sum = fma(v, v, sum);
+  };
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4) {
+    for (int i = 0; i < 4; ++i) {
+      add(k + i, sums[i]);
+    }
+  }
+  for (; k < n; ++k) {
+    add(k, sums[0]);
   }
   const Vec mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(n);
-  Vec inverse = {};
-  for (int i = 0; i < kLanes; ++i) {
-    inverse[i] = 1.0f / std::sqrt(mean[i] + eps);
-  }
-  return inverse;
-}
-
-template <int Block, int... J>
-inline Vec swapped(Vec x, std::integer_sequence<int, J...>) {
-  return shuffle(x, x, std::integer_sequence<int, (J ^ Block)...>());
-}
-
-// Lanes folded pair by pair, then pairs of pairs, ...; the result is in each lane.
-template <int Block = 1, class Join>
-inline Vec fold(Vec x, const Join& join) {
-  if constexpr (Block < kLanes) {
-    const Vec y = swapped<Block>(x, std::make_integer_sequence<int, kLanes>());
-    return fold<2 * Block>(join(x, y), join);
-  }
-  return x;
+  return 1.0f / sqrt(mean + eps);
 }
 
 // Lane i: the sum over the lanes of x[i].
@@ -229,19 +222,26 @@ inline Vec sums_of(Vec (&x)[kLanes]) {
   return x[0];
 }
 
-// Features of a vector of rows, [n] of `stride` floats, as rows [kLanes][round_up(n, kLanes)].
-inline void to_rows(const float* from, int64_t n, int64_t stride, float* rows) {
-  const int64_t width = round_up(n, kLanes);
+// Features of a vector of rows, [n] of `stride` floats, row by row: keep(i, k, x) gets kLanes of
+// row i from feature k on, zeros beyond the last one.
+template <class Keep>
+void each_row(const float* from, int64_t n, int64_t stride, const Keep& keep) {
   for (int64_t k = 0; k < n; k += kLanes) {
-    Vec tile[kLanes] = {};
-    for (int i = 0; i < std::min<int64_t>(kLanes, n - k); ++i) {
-      tile[i] = load(from + (k + i) * stride);
+    Vec tile[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      tile[i] = k + i < n ? load(from + (k + i) * stride) : Vec{};
     }
     transpose(tile);
     for (int i = 0; i < kLanes; ++i) {
-      store(rows + i * width + k, tile[i]);
+      keep(i, k, tile[i]);
     }
   }
+}
+
+// As rows [kLanes][round_up(n, kLanes)].
+inline void to_rows(const float* from, int64_t n, int64_t stride, float* rows) {
+  const int64_t width = round_up(n, kLanes);
+  each_row(from, n, stride, [&](int i, int64_t k, Vec x) { store(rows + i * width + k, x); });
 }
 
 // And back: `rows` pointers to at least round_up(n, kLanes) floats each, null for a row of zeros.

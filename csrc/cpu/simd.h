@@ -4,6 +4,7 @@
 // exceptions are `fma` and what is made of it, which round once where the CPU can.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -34,7 +35,12 @@ typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-inline Vec splat(float x) { return Vec{} + x; }
+// Not Vec{} + x, which is an addition: it turns -0 into 0.
+template <int... J>
+inline Vec splat(float x, std::integer_sequence<int, J...>) {
+  return Vec{(static_cast<void>(J), x)...};
+}
+inline Vec splat(float x) { return splat(x, std::make_integer_sequence<int, kLanes>()); }
 
 inline Vec load(const float* from) {
   Vec v;
@@ -80,6 +86,20 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
+#endif
+}
+
+// Rounded correctly everywhere.
+inline Vec sqrt(Vec x) {
+#if defined(__AVX512F__) && FASTRL_MAX_LANES >= 16
+  return (Vec)_mm512_mask_sqrt_ps((__m512)x, 0xffff, (__m512)x);
+#elif defined(__AVX2__) && FASTRL_MAX_LANES >= 8
+  return (Vec)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = std::sqrt(x[i]);
+  }
+  return x;
 #endif
 }
 

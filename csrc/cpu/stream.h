@@ -17,45 +17,58 @@ struct EvenRows {
 
 // multiply_tile, which see; rows `ahead` further on are asked for.
 template <class Kind, int R, int V>
-inline void stream_tile(const char* a, int64_t stride, int64_t ahead, int64_t steps,
-                        const typename Kind::Element* panel, float* c, bool first) {
+__attribute__((noinline)) void stream_tile(const char* a, int64_t stride, int64_t ahead,
+                                           int64_t steps, const typename Kind::Element* panel,
+                                           float* c, bool first) {
   using Element = typename Kind::Element;
   static_assert(R <= 12);
   constexpr int64_t kLine = 64 / sizeof(Element);
   const int64_t three = 3 * stride, five = 5 * stride, seven = 7 * stride;
   const float* b = reinterpret_cast<const float*>(panel);
-  Vec sum[R][V] = {};
-  for (int64_t k0 = 0; k0 < steps; k0 += kLine) {
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(a + (ahead + r) * stride);
+  Vec sum[R][V];  // in registers, as long as every loop over it is unrolled
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      sum[r][j] = splat(0.0f);
     }
-    for (int64_t k = k0; k < std::min(k0 + kLine, steps); ++k, a += 4, b += kPanel) {
-      Vec x[V];
-      for (int j = 0; j < V; ++j) {
-        x[j] = load(b + j * kLanes);
-      }
-      const char* ninth = a + 9 * stride;
-      const char* const rows[12] = {a,
-                                    a + stride,
-                                    a + 2 * stride,
-                                    a + three,
-                                    a + 4 * stride,
-                                    a + five,
-                                    a + 2 * three,
-                                    a + seven,
-                                    a + 8 * stride,
-                                    ninth,
-                                    ninth + stride,
-                                    ninth + 2 * stride};
+  }
+  for (int64_t k = 0; k < steps; ++k, a += 4, b += kPanel) {
+    if (k % kLine == 0) {
       for (int r = 0; r < R; ++r) {
-        const auto* element = reinterpret_cast<const Element*>(rows[r]);
-        for (int j = 0; j < V; ++j) {
-          sum[r][j] = Kind::multiply_add(element, x[j], sum[r][j]);
-        }
+        __builtin_prefetch(a + (ahead + r) * stride);
+      }
+    }
+    Vec x[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      x[j] = load(b + j * kLanes);
+    }
+    const char* ninth = a + 9 * stride;
+    const char* const rows[12] = {a,
+                                  a + stride,
+                                  a + 2 * stride,
+                                  a + three,
+                                  a + 4 * stride,
+                                  a + five,
+                                  a + 2 * three,
+                                  a + seven,
+                                  a + 8 * stride,
+                                  ninth,
+                                  ninth + stride,
+                                  ninth + 2 * stride};
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const auto* element = reinterpret_cast<const Element*>(rows[r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        sum[r][j] = Kind::multiply_add(element, x[j], sum[r][j]);
       }
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       float* to = c + r * kPanel + j * kLanes;
       store(to, first ? sum[r][j] : load(to) + sum[r][j]);
@@ -63,27 +76,35 @@ inline void stream_tile(const char* a, int64_t stride, int64_t ahead, int64_t st
   }
 }
 
+// Tiles of R rows as long as there are so many, then smaller ones.
 template <class Kind, int R, int V>
-void stream_rows(const EvenRows& a, int rows, int64_t steps, const typename Kind::Element* panel,
-                 float* c) {
+void stream_rows(const EvenRows& a, int r, int rows, int64_t k, int64_t steps, int64_t ahead,
+                 const typename Kind::Element* panel, float* c) {
+  for (; r + R <= rows; r += R) {
+    stream_tile<Kind, R, V>(a.data + r * a.stride + k * 4, a.stride, ahead, steps,
+                            panel + k * kPanel, c + r * kPanel, k == 0);
+  }
+  if constexpr (R > 1) {
+    stream_rows<Kind, (R > 4 ? 4 : R / 2), V>(a, r, rows, k, steps, ahead, panel, c);
+  }
+}
+
+template <class Kind, int V>
+void stream_panel(const EvenRows& a, int rows, int64_t steps, const typename Kind::Element* panel,
+                  float* c) {
   constexpr int64_t kSteps = Kind::kSteps;
-  const auto tile = [&](int r, int64_t k, int64_t ahead) {
-    stream_tile<Kind, R, V>(a.data + r * a.stride + k * 4, a.stride, ahead,
-                            std::min(kSteps, steps - k), panel + k * kPanel, c + r * kPanel,
-                            k == 0);
-  };
+  constexpr int kTile = std::min(2 * kRows, kVectors * kRows / V);  // of rows, in the registers
   if (V == 1) {  // few columns: each row of A streams through once
-    for (int r = 0; r < rows; r += R) {
+    for (int r = 0; r < rows; r += kTile) {
       for (int64_t k = 0; k < steps; k += kSteps) {
-        tile(r, k, R);
+        stream_rows<Kind, kTile, V>(a, r, std::min(r + kTile, rows), k, std::min(kSteps, steps - k),
+                                    kTile, panel, c);
       }
     }
     return;
   }
   for (int64_t k = 0; k < steps; k += kSteps) {  // many: a slice of the panel stays in L1
-    for (int r = 0; r < rows; r += R) {
-      tile(r, k, kBlock);
-    }
+    stream_rows<Kind, kTile, V>(a, 0, rows, k, std::min(kSteps, steps - k), kBlock, panel, c);
   }
 }
 
@@ -93,27 +114,24 @@ template <class Kind>
 void multiply_streamed(const EvenRows& a, int rows, int64_t steps,
                        const typename Kind::Element* panel, int vectors, float* c) {
 #ifdef FASTRL_TILES
-  const int whole = Kind::kStep == 2 ? 0 : rows / (2 * kRows) * (2 * kRows);  // tiles sum otherwise
-#else
-  const int whole = rows / (2 * kRows) * (2 * kRows);
-#endif
-  if (whole > 0) {
-    if (vectors == 1) {
-      stream_rows<Kind, 2 * kRows, 1>(a, whole, steps, panel, c);
-    } else if (vectors == 2) {
-      stream_rows<Kind, kRows, 2>(a, whole, steps, panel, c);
-    } else {
-      stream_rows<Kind, kRows, kVectors>(a, whole, steps, panel, c);
-    }
-  }
-  if (whole < rows) {
-    Rows rest;
-    rest.data = a.data;
-    rest.stride = 4;
+  if constexpr (Kind::kStep == 2) {  // tiles sum otherwise
+    Rows all;
+    all.data = a.data;
+    all.stride = 4;
     for (int r = 0; r < kBlock; ++r) {
-      rest.row[r] = std::min(whole + r, rows - 1) * a.stride;
+      all.row[r] = std::min(r, rows - 1) * a.stride;
     }
-    multiply<Kind>(rest, rows - whole, steps, panel, vectors, c + whole * kPanel);
+    return multiply<Kind>(all, rows, steps, panel, vectors, c);
+  }
+#endif
+  if (vectors == 1) {
+    stream_panel<Kind, 1>(a, rows, steps, panel, c);
+  } else if (vectors == 2) {
+    stream_panel<Kind, 2>(a, rows, steps, panel, c);
+  } else if (kVectors > 3 && vectors == 3) {
+    stream_panel<Kind, std::min(3, kVectors)>(a, rows, steps, panel, c);
+  } else {
+    stream_panel<Kind, kVectors>(a, rows, steps, panel, c);
   }
 }
 

@@ -15,8 +15,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fastrl.kernels.logprob.cpu import Drawing
+from fastrl.kernels.logprob.draws import Draws
+from fastrl.kernels.logprob.library import FLOATS
+from fastrl.kernels.logprob.parallel import is_dtensor
 from fastrl.kernels.native import module, pointer, threads, unavailable
+from fastrl.models.head import LmHead
 from fastrl.rollout.cache import CHUNK, Branch, Layout, Node
+from fastrl.rollout.generation import Drawn, Turn
 
 FAMILIES = (
     LlamaForCausalLM,
@@ -38,6 +44,12 @@ class UnsupportedModel(Exception):
 def need(condition: bool, why: str) -> None:
     if not condition:
         raise UnsupportedModel(why)
+
+
+def reads_head(head: LmHead) -> bool:
+    """Whether `Decoder.generate` can draw from an lm-head."""
+    parts = [x for x in (head.weight, head.bias) if x is not None]
+    return head.weight.dtype in FLOATS and not any(map(is_dtensor, parts))
 
 
 def _scaling(config: Any, head_size: int) -> float:
@@ -168,23 +180,74 @@ class Decoder:
         Their keys and values are written where the layout's rows end. Steps that follow one
         another share a `scratch`.
         """
-        self._grow_angles(int(positions.max()) + 1)
         hidden = torch.empty(len(tokens), self._config.hidden_size, dtype=self._dtype)
-        native = module()
-        native.decode_cpu(
-            self._model,
-            native.decode_args(
-                len(tokens),
-                pointer(tokens),
-                pointer(positions),
-                *layout.pointers(),
-                *map(pointer, self._angles),
-                pointer(hidden),
-            ),
-            scratch or self.scratch(),
-            threads(),
-        )
+        args = self._arguments(tokens, positions, layout, hidden, 1)
+        module().decode_cpu(self._model, args, scratch or self.scratch(), threads())
         return hidden
+
+    def _arguments(
+        self, tokens: Tensor | None, positions: Tensor, layout: Layout, hidden: Tensor, steps: int
+    ) -> Any:
+        self._grow_angles(int(positions.max()) + steps)
+        return module().decode_args(
+            len(positions),
+            pointer(tokens),
+            pointer(positions),
+            *layout.pointers(),
+            *map(pointer, self._angles),
+            pointer(hidden),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        turn: Turn,
+        hidden: Tensor,
+        tokens: Tensor | None,
+        positions: Tensor,
+        layout: Layout,
+        scratch: Any,
+        steps: int,
+    ) -> Drawn:
+        """At most so many tokens for each row, as its turn says; those drawn last are not read.
+
+        tokens `[M]` int64 are to be read first, at positions `[M]` int64; None where the rows begin
+        with `hidden` `[M, H]`. Returns early after about a tenth of a second.
+        """
+        sampling, head = turn.sampling, turn.head
+        drawing = Drawing.of(
+            Draws(
+                hidden,
+                head.weight.detach(),
+                turn.seeds,
+                turn.positions,
+                head.bias,
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                sampling.min_p,
+                head.softcap or 0.0,
+                head.logit_scale,
+                "cpu",
+            ),
+            len(positions),
+            steps,
+        )
+        stops, count = torch.tensor(turn.stops, dtype=torch.int64), torch.empty_like(positions)
+        native = module()
+        args = native.generate_args(
+            self._arguments(tokens, positions, layout, hidden, steps),
+            drawing.arguments(),
+            steps,
+            turn.fewest,
+            pointer(turn.room),
+            pointer(stops),
+            len(stops),
+            pointer(count),
+        )
+        native.generate_cpu(self._model, args, scratch, threads())
+        made = int(count.max())
+        return Drawn(*(x[:, :made] for x in drawing[2:]), count)
 
     def place(self, branches: Sequence[Branch]) -> tuple[Layout, Tensor]:
         """Where the next token of each branch goes; room is made for it."""

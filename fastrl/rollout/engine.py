@@ -14,7 +14,7 @@ from fastrl.rollout.cache import Branch
 from fastrl.rollout.decoder import Decoder, Decodes, UnsupportedModel
 from fastrl.rollout.device import DeviceDecoder
 from fastrl.rollout.huggingface import HuggingFaceRows
-from fastrl.rollout.native import NativeRows
+from fastrl.rollout.native import CpuRows, NativeRows
 from fastrl.rollout.request import Prompts, check_prompts, check_request, context_length, encode
 from fastrl.rollout.sampling import GroupStop, Rollouts, SamplingParams
 from fastrl.rollout.weights import WeightVersion
@@ -139,20 +139,22 @@ class RolloutEngine:
         )
         ending = generation.Ending(request.stop_tokens, self.tokenizer, group_size, group_stop)
         version, decoder = self.weight_version, self._find_decoder()
-        rows: generation.Rows = (
-            HuggingFaceRows(backbone(self.model), self._device())
-            if decoder is None
-            else NativeRows(decoder, version)
-        )
+        rows: generation.Rows
+        if decoder is None:
+            rows = HuggingFaceRows(backbone(self.model), self._device())
+        else:
+            rows = (CpuRows if isinstance(decoder, Decoder) else NativeRows)(decoder, version)
         was_training = self.model.training
-        self.model.eval()
+        if decoder is None:  # others compute what it computes in eval mode
+            self.model.eval()
         try:
             with generation.progress_bar(progress, sum(request.limits) * group_size) as bar:
                 completions = generation.generate(
                     rows, lm_head(self.model), request, ending, self.max_rows, first_row, bar
                 )
         finally:
-            self.model.train(was_training)
+            if decoder is None:
+                self.model.train(was_training)
         return completions.rollouts(request, version, self._device())
 
     @torch.no_grad()

@@ -18,17 +18,59 @@ REASONS = ("length", "stop", "pruned")
 LENGTH, STOP, PRUNED = range(len(REASONS))
 
 
-class Rows(Protocol):
-    """Rows that decode together; `hidden` `[M, H]` is where their last tokens left them."""
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens and log-probs `[M, n]` of rows, of which the first count `[M]` were drawn."""
 
-    hidden: Tensor
+    token: Tensor
+    logprob: Tensor
+    untruncated_logprob: Tensor
+    count: Tensor
+
+    def last(self) -> Tensor:
+        """The token that each row drew last, `[M]`."""
+        if self.token.shape[1] == 1:
+            return self.token[:, 0]
+        return self.token.gather(1, self.count.unsqueeze(1) - 1).squeeze(1)
+
+    def total(self) -> int:
+        """Tokens drawn by all rows."""
+        return len(self.token) if self.token.shape[1] == 1 else int(self.count.sum())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What rows are to draw: at most `most` tokens each, no more than their room `[M]`.
+
+    seeds and positions `[M]` int64 decide the first draw. A row ends with a token of `stops`; rows
+    may return early once no more than `fewest` of them are left.
+    """
+
+    head: LmHead
+    sampling: SamplingParams
+    seeds: Tensor
+    positions: Tensor
+    room: Tensor
+    stops: list[int]
+    most: int
+    fewest: int
+
+    def once(self, hidden: Tensor) -> Drawn:
+        """One token for each hidden state `[M, H]`."""
+        drawn = draw(hidden, self.head, self.sampling, self.seeds, self.positions)
+        return Drawn(*(x.unsqueeze(1) for x in drawn), torch.ones_like(self.positions))
+
+
+class Rows(Protocol):
+    """Rows that decode together; each reads what it drew last before it draws again."""
+
     joins: bool  # whether rows can be added while others go on
 
     def add(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> None: ...
 
     def keep(self, rows: Tensor) -> None: ...
 
-    def step(self, tokens: Tensor) -> None: ...
+    def draw(self, turn: Turn) -> Drawn: ...
 
 
 def row_seeds(seed: int, row: Tensor) -> Tensor:
@@ -110,11 +152,20 @@ class Completions:
         self.reason = torch.full_like(limits, LENGTH)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=limits.device)
 
-    def put(self, at: Tensor, drawn: Samples) -> None:
-        """Write samples at places of the flattened `[B, T]`."""
-        self.tokens.view(-1).index_copy_(0, at, drawn.token)
-        self.logprobs.view(-1).index_copy_(0, at, drawn.logprob)
-        self.untruncated.view(-1).index_copy_(0, at, drawn.untruncated_logprob)
+    def put(self, at: Tensor, drawn: Drawn) -> None:
+        """Write what rows drew, from a place of the flattened `[B, T]` on for each."""
+        many = drawn.token.shape[1]
+        places, made = at, None
+        if many > 1:
+            ahead = torch.arange(many, device=at.device)
+            made = ahead < drawn.count.unsqueeze(1)
+            places = (at.unsqueeze(1) + ahead)[made]
+        for to, values in (
+            (self.tokens, drawn.token),
+            (self.logprobs, drawn.logprob),
+            (self.untruncated, drawn.untruncated_logprob),
+        ):
+            to.view(-1).index_copy_(0, places, values[:, 0] if made is None else values[made])
 
     def end(self, rows: Tensor, count: Tensor, reason: int) -> None:
         """Rows end, after `count` tokens each."""
@@ -164,11 +215,12 @@ def generate(
     seeds = row_seeds(sampling.seed, numbers)
     live = torch.zeros(0, dtype=torch.int64, device=device)
     positions, at = live, live  # tokens sampled for each live row; where its next one goes
-    waiting, least = 0, 0  # the first row that waits; steps until a live row reaches its limit
+    waiting, least = 0, 0  # the first row that waits; draws until a live row reaches its limit
+    watched = bool(sampling.stop) or ending.group_stop is not None  # after each token
     while True:
         free = max_rows - len(live)
         # A few places are not worth a prefill of their own.
-        enough = max(unit, max_rows // 8) if rows.joins and len(live) else max_rows
+        enough = max(unit, max_rows // 8) if rows.joins else max_rows
         if waiting < total and (free >= enough or not len(live)):
             new = torch.arange(waiting, min(total, waiting + free // unit * unit), device=device)
             waiting += len(new)
@@ -178,18 +230,29 @@ def generate(
             positions = torch.cat([positions, torch.zeros_like(new)])
             at = live * width + positions
             least = int((limits[live] - positions).min())
-        drawn = draw(rows.hidden, head, sampling, seeds[live], positions)
+        turn = Turn(
+            head,
+            sampling,
+            seeds[live],
+            positions,
+            limits[live] - positions,
+            ending.tokens,
+            most=1 if watched else width,
+            fewest=max_rows - enough if waiting < total else 0,
+        )
+        drawn = rows.draw(turn)
         out.put(at, drawn)
-        positions = positions + 1
-        at = at + 1
-        least -= 1
-        done = torch.zeros_like(drawn.token, dtype=torch.bool)
+        positions = positions + drawn.count
+        at = at + drawn.count
+        least -= drawn.token.shape[1]
+        last = drawn.last()
+        done = torch.zeros_like(last, dtype=torch.bool)
         for stop_token in ending.tokens:
-            done |= drawn.token == stop_token
+            done |= last == stop_token
         if sampling.stop:
             done |= ending.strings(out.tokens[live], positions, sampling.stop)
-        any_done = least == 0 or bool(done.any())
-        token, spared = drawn.token, 0
+        any_done = least <= 0 or bool(done.any())
+        spared = 0
         if any_done:
             full = (positions == limits[live]) & ~done
             out.end(live[done], positions[done], STOP)
@@ -206,17 +269,15 @@ def generate(
                     out.ended[some] |= pruned
                 done = out.ended[live]
             spared = int((limits[live] - positions)[done].sum())
-        progress(len(live), spared)
+        progress(drawn.total(), spared)
         if any_done:
             kept = torch.nonzero(~done).squeeze(-1)
             rows.keep(kept)
-            live, token, positions, at = (x[kept] for x in (live, token, positions, at))
+            live, positions, at = (x[kept] for x in (live, positions, at))
             if len(live):
                 least = int((limits[live] - positions).min())
             elif waiting == total:
                 return out
-        if len(live):
-            rows.step(token)
 
 
 @contextmanager

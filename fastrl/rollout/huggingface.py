@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from fastrl.rollout.generation import Drawn, Turn
+
 
 class HuggingFaceRows:
     """Rows that decode together, each prompt prefilled once and its cache copied for its rows.
@@ -19,6 +21,7 @@ class HuggingFaceRows:
         self._model = model
         self._device = device
         self.hidden = torch.empty(0, device=device)
+        self._unread: Tensor | None = None  # tokens that the rows drew last
 
     def add(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> None:
         """Some rows of each prompt, in place of those there were."""
@@ -34,7 +37,7 @@ class HuggingFaceRows:
         owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies)).to(self._device)
         if len(owner) > len(prompts):
             self._cache.batch_select_indices(owner)
-        self.hidden, self._attention = hidden[owner], attention[owner]
+        self.hidden, self._attention, self._unread = hidden[owner], attention[owner], None
         self._lengths = self._attention.sum(-1)
 
     def _forward(self, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
@@ -53,6 +56,15 @@ class HuggingFaceRows:
             self._cache.batch_select_indices(rows)
             self._attention, self._lengths = self._attention[rows], self._lengths[rows]
             self.hidden = self.hidden[rows]
+            self._unread = None if self._unread is None else self._unread[rows]
+
+    def draw(self, turn: Turn) -> Drawn:
+        """A token for each row."""
+        if self._unread is not None:
+            self.step(self._unread)
+        drawn = turn.once(self.hidden)
+        self._unread = drawn.last()
+        return drawn
 
     def step(self, tokens: Tensor) -> None:
         """Append a token to each row."""

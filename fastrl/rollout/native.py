@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from fastrl.rollout.cache import Branch
-from fastrl.rollout.decoder import Decodes
+from fastrl.rollout.decoder import Decoder, Decodes, reads_head
+from fastrl.rollout.generation import Drawn, Turn
 
 
 class NativeRows:
-    """Branches that step together; `hidden` `[M, H]` is where their last tokens left them."""
+    """Branches that step together; `hidden` `[M, H]` is where the tokens they read left them."""
 
     joins = True
 
@@ -22,6 +23,7 @@ class NativeRows:
         self._taken = 0  # steps that the branches' lengths do not count yet
         self._scratch = decoder.scratch()
         self._last: tuple[Sequence[int], Branch] | None = None
+        self._unread: Tensor | None = None  # tokens that the rows drew last
         self.hidden = decoder.no_rows()
 
     def add(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> None:
@@ -29,6 +31,7 @@ class NativeRows:
 
         A prompt that is the very list the last call ended with is not computed again.
         """
+        self._read()
         self._settle()
         again = self._last is not None and self._last[0] is prompts[0]
         roots = [self._last[1]] if again and self._last else []
@@ -45,20 +48,68 @@ class NativeRows:
         """Go on with these rows alone."""
         self._settle()
         self._branches = [self._branches[i] for i in rows.tolist()]
-        self.hidden = self.hidden[rows]
+        if self._unread is None:
+            self.hidden = self.hidden[rows]
+        elif self._branches:
+            self._unread = self._unread[rows]
+        else:
+            self._unread, self.hidden = None, self._decoder.no_rows()
+
+    def draw(self, turn: Turn) -> Drawn:
+        """A token for each row."""
+        self._read()
+        drawn = turn.once(self.hidden)
+        self._unread = drawn.last()
+        return drawn
 
     def step(self, tokens: Tensor) -> None:
         """Append a token to each row."""
+        self._place()
+        self.hidden = self._decoder.run(tokens, self._positions, self._layout, self._scratch)
+        self._took(1)
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self.step(self._unread)
+            self._unread = None
+
+    def _place(self) -> None:
         if self._room == 0:
             self._settle()
             self._layout, self._positions = self._decoder.place(self._branches)
             self._room = min(b.room() for b in self._branches)
-        self.hidden = self._decoder.run(tokens, self._positions, self._layout, self._scratch)
-        self._positions += 1
-        self._room -= 1
-        self._taken += 1
+
+    def _took(self, steps: int) -> None:
+        self._positions += steps
+        self._room -= steps
+        self._taken += steps
 
     def _settle(self) -> None:
         for branch in self._branches:
             branch.length += self._taken
         self._taken = self._room = 0
+
+
+class CpuRows(NativeRows):
+    """The same on a CPU, where one call draws and reads many tokens."""
+
+    _decoder: Decoder
+
+    def draw(self, turn: Turn) -> Drawn:
+        """Tokens for each row, as many as fit into the nodes that are there."""
+        if not reads_head(turn.head):
+            return super().draw(turn)
+        self._place()
+        drawn = self._decoder.generate(
+            turn,
+            self.hidden,
+            self._unread,
+            self._positions,
+            self._layout,
+            self._scratch,
+            min(turn.most, self._room),
+        )
+        # Rows that drew less have ended; where they would go on does not matter.
+        self._took(drawn.token.shape[1] - (self._unread is None))
+        self._unread = drawn.last()
+        return drawn

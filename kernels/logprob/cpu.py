@@ -132,35 +132,54 @@ def backward(
     )
 
 
-def sample(d: Draws) -> tuple[Tensor, ...]:
-    count = len(d.hidden)
-    rows = _Rows(
-        count,
-        None,
-        d.hidden.contiguous(),
-        _readable(d.weight),
-        None,
-        _readable_bias(d.bias),
-        torch.full((count,), 1 / (d.temperature or 1.0)),
-        d.softcap,
-        d.logit_scale,
-    )
-    seeds, positions = d.seeds.contiguous(), d.positions.contiguous()
-    token, logprob, untruncated = torch.empty_like(seeds), torch.empty(count), torch.empty(count)
-    if count:
-        c = module()
-        args = c.linear_sample_args(
-            rows.arguments(),
-            pointer(seeds),
-            pointer(positions),
+class Drawing(NamedTuple):
+    """Draws as the kernels read them, and where they leave them; it keeps their tensors alive."""
+
+    rows: _Rows
+    draws: Draws
+    token: Tensor
+    logprob: Tensor
+    untruncated: Tensor
+
+    @classmethod
+    def of(cls, d: Draws, *shape: int) -> "Drawing":
+        """Results of a shape, which the kernel fills."""
+        count = len(d.seeds)
+        rows = _Rows(
+            count,
+            None,
+            d.hidden.contiguous(),
+            _readable(d.weight),
+            None,
+            _readable_bias(d.bias),
+            torch.full((count,), 1 / (d.temperature or 1.0)),
+            d.softcap,
+            d.logit_scale,
+        )
+        d = d._replace(seeds=d.seeds.contiguous(), positions=d.positions.contiguous())
+        token = torch.empty(shape, dtype=torch.int64)
+        return cls(rows, d, token, torch.empty(shape), torch.empty(shape))
+
+    def arguments(self):
+        """The same as `fastrl._C.linear_sample_args`."""
+        d = self.draws
+        return module().linear_sample_args(
+            self.rows.arguments(),
+            pointer(d.seeds),
+            pointer(d.positions),
             d.temperature == 0,
             d.top_k,
             d.top_p,
             d.min_p,
-            *map(pointer, (token, logprob, untruncated)),
+            *map(pointer, self[2:]),
         )
-        c.linear_sample_cpu(args, threads())
-    return token, logprob, untruncated
+
+
+def sample(d: Draws) -> tuple[Tensor, ...]:
+    drawing = Drawing.of(d, len(d.hidden))
+    if len(d.hidden):
+        module().linear_sample_cpu(drawing.arguments(), threads())
+    return drawing[2:]
 
 
 class _Held(NamedTuple):
