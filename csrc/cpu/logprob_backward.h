@@ -223,12 +223,15 @@ class Backward {
       }
     });
     if (hidden) {
-      const int64_t blocks = ceil_div(tokens_.count(), kBlock), panels = plan_.columns / kPanel;
-      const int64_t groups = std::min(panels, ceil_div(8 * threads_, blocks));
-      const int64_t width = ceil_div(panels, groups) * kPanel;
-      parallel_for(blocks * groups, threads_, [&](int64_t task) {
-        const int64_t h0 = task % groups * width;
-        add_grad_hidden(task / groups, rows, h0, std::min(h0 + width, a_.width));
+      // A few panels of the weight stay in L2 while G passes by; or one, and all of a small G.
+      const int64_t blocks = ceil_div(tokens_.count(), kBlock);
+      const int64_t width = (blocks > 8 ? 4 : 1) * 64, groups = ceil_div(a_.width, width);
+      const int64_t ranges = std::min(blocks, ceil_div(4 * threads_, groups));
+      parallel_for(groups * ranges, threads_, [&](int64_t task) {
+        const int64_t h0 = task / ranges * width, range = task % ranges;
+        for (int64_t b = range * blocks / ranges; b < (range + 1) * blocks / ranges; ++b) {
+          add_grad_hidden(b, rows, h0, std::min(h0 + width, a_.width));
+        }
       });
     }
   }
