@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kWide = kLanes == 16 ? 3 : 2;  // vectors of rows
 constexpr int kAbreast = kWide * kLanes;
-static_assert(kBlock % kAbreast == 0 && kWide <= kVectors);
+constexpr int64_t kSlice = 128;  // of depth
+static_assert(kBlock % kAbreast == 0 && kWide <= kVectors && Floats::kSteps % kSlice == 0);
 
 // Depth [0, steps) of kLanes rows, of which `last` is the last one that there is, as floats:
 // to[k * kPanel + row]. Meanwhile `lines` cache lines from `ahead` on are asked for with each tile.
@@ -44,7 +45,7 @@ inline void turn_rows(const EvenRows& a, Float type, int last, int64_t steps, co
     }
   }
   for (int r = 0; k < steps && r < kLanes; ++r) {
-    float rest[Floats::kSteps];
+    float rest[kSlice];
     to_floats(row(r) + k * size, type, steps - k, rest);
     for (int64_t i = 0; i < steps - k; ++i) {
       to[(k + i) * kPanel + r] = rest[i];
@@ -52,18 +53,18 @@ inline void turn_rows(const EvenRows& a, Float type, int last, int64_t steps, co
   }
 }
 
-// sums[token][row] of R tokens, the columns of a panel, and kAbreast rows; with each step of depth
-// what is `pace` bytes further on is asked for.
+// sums[token][row] of R tokens, the columns of a panel, and kAbreast rows, from zero or going on;
+// with each step of depth what is `pace` bytes further on is asked for.
 template <int R>
 __attribute__((noinline)) void multiply_turned(const float* turned, const float* panel,
                                                int64_t steps, const char* ahead, int64_t pace,
-                                               float* sums, bool first) {
+                                               float* sums, bool from_zero) {
   Vec sum[R][kWide];
 #pragma GCC unroll 8
   for (int t = 0; t < R; ++t) {
 #pragma GCC unroll 4
     for (int j = 0; j < kWide; ++j) {
-      sum[t][j] = splat(0.0f);
+      sum[t][j] = from_zero ? splat(0.0f) : load(sums + t * kPanel + j * kLanes);
     }
   }
   for (int64_t k = 0; k < steps; ++k, turned += kPanel, panel += kPanel, ahead += pace) {
@@ -85,8 +86,7 @@ __attribute__((noinline)) void multiply_turned(const float* turned, const float*
   for (int t = 0; t < R; ++t) {
 #pragma GCC unroll 4
     for (int j = 0; j < kWide; ++j) {
-      float* to = sums + t * kPanel + j * kLanes;
-      store(to, first ? sum[t][j] : load(to) + sum[t][j]);
+      store(sums + t * kPanel + j * kLanes, sum[t][j]);
     }
   }
 }
@@ -94,17 +94,16 @@ __attribute__((noinline)) void multiply_turned(const float* turned, const float*
 // C[rows x kPanel] = A * panel for at most kBlock rows of `type` and the panel's first `tokens`.
 inline void multiply_few(const EvenRows& a, Float type, int rows, int64_t steps, const float* panel,
                          int tokens, float* c) {
-  constexpr int64_t kSteps = Floats::kSteps;
   constexpr int kMost = kLanes == 16 ? 8 : 4;  // tokens whose sums fit in registers
-  alignas(64) float turned[kSteps * kPanel], sums[kLanes * kPanel];
+  alignas(64) float turned[kSlice * kPanel], sums[kLanes * kPanel] = {}, all_sums[kLanes * kPanel];
   const int64_t size = bytes(type);
   for (int r0 = 0; r0 < rows; r0 += kAbreast) {
     const char* ahead = a.data + (r0 + kAbreast) * a.stride;
-    for (int64_t k = 0; k < steps; k += kSteps) {
+    for (int64_t k = 0; k < steps; k += kSlice) {
       // The rows that come next: the products ask for as much as they have time for.
-      const int64_t count = std::min(kSteps, steps - k), all = kAbreast * count * size;
-      const int64_t times = tokens / kMost * count,
-                    pace = times ? std::min<int64_t>(all / times, 64) : 0;
+      const int64_t count = std::min(kSlice, steps - k), all = kAbreast * count * size;
+      const int64_t times = tokens / kMost * count;
+      const int64_t pace = times ? std::min<int64_t>(all / times, 64) : 0;
       const int64_t left = all - pace * times;
       for (int r = 0; r < kAbreast; r += kLanes) {
         const int first = std::min(r0 + r, rows - 1);
@@ -115,7 +114,8 @@ inline void multiply_few(const EvenRows& a, Float type, int rows, int64_t steps,
       ahead += left;
       int t = 0;
       const auto tile = [&](auto run, int tokens, int64_t pace) {
-        run(turned, panel + k * kPanel + t, count, ahead, pace, sums + t * kPanel, k == 0);
+        run(turned, panel + k * kPanel + t, count, ahead, pace, sums + t * kPanel,
+            k % Floats::kSteps == 0);
         t += tokens;
         ahead += pace * count;
       };
@@ -131,11 +131,16 @@ inline void multiply_few(const EvenRows& a, Float type, int rows, int64_t steps,
       if (t < tokens) {
         tile(multiply_turned<1>, 1, 0);
       }
+      const bool whole = k + kSlice >= steps || (k + kSlice) % Floats::kSteps == 0;
+      for (int64_t i = 0; whole && i < tokens * kPanel; i += kLanes) {
+        const Vec sum = load(sums + i);
+        store(all_sums + i, k < Floats::kSteps ? sum : load(all_sums + i) + sum);
+      }
     }
     for (int r = 0; r < kAbreast; r += kLanes) {
       Vec tile[kLanes] = {};
       for (int t = 0; t < tokens; ++t) {
-        tile[t] = load(sums + t * kPanel + r);
+        tile[t] = load(all_sums + t * kPanel + r);
       }
       transpose(tile);
       for (int i = 0; i < kLanes; ++i) {

@@ -38,7 +38,7 @@ constexpr int kBlock = 48;
 struct Floats {
   using Element = float;
   static constexpr int kStep = 1;         // elements of depth in one
-  static constexpr int64_t kSteps = 128;  // summed from zero; so much of a panel fits in L1
+  static constexpr int64_t kSteps = 256;  // that are summed from zero
   static inline Vec multiply_add(const float* a, Vec b, Vec c) { return fma(splat(*a), b, c); }
 
   using Kept = float;
