@@ -93,12 +93,16 @@ struct Rows {
   int64_t stride;
 };
 
-// R x V vectors of C from `steps` Elements of depth, stored if first, else added. A function of its
-// own: inlined, it shares the registers with what surrounds it and spills its sums.
+// Bytes of the next slice of a panel that a step of depth asks for: all of them in a block of rows.
+constexpr int64_t kPace = kPanel * 4 * kRows / 48;
+
+// R x V vectors of C from `steps` Elements of depth, stored if first, else added; kPace bytes a
+// step are asked for from `ahead` on. A function of its own: inlined, it shares the registers with
+// what surrounds it and spills its sums.
 template <class Kind, int R, int V>
 __attribute__((noinline)) void multiply_tile(const Rows& a, int r0, int64_t k0, int64_t steps,
                                              const typename Kind::Element* panel, float* c,
-                                             bool first) {
+                                             bool first, const char* ahead) {
   using Element = typename Kind::Element;
   const char* rows[R];
   for (int r = 0; r < R; ++r) {
@@ -113,7 +117,8 @@ __attribute__((noinline)) void multiply_tile(const Rows& a, int r0, int64_t k0, 
     }
   }
   const float* b = reinterpret_cast<const float*>(panel) + k0 * kPanel;
-  for (int64_t k = 0; k < steps; ++k, b += kPanel) {
+  for (int64_t k = 0; k < steps; ++k, b += kPanel, ahead += kPace) {
+    __builtin_prefetch(ahead, 0, 2);
     Vec x[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
@@ -147,18 +152,20 @@ void multiply(const Rows& a, int rows, int64_t steps, const typename Kind::Eleme
   if (vectors == 1) {  // few columns: each row of A streams through once
     for (int r = 0; r < rows; r += 2 * kRows) {
       for (int64_t k = 0; k < steps; k += kSteps) {
-        multiply_tile<Kind, 2 * kRows, 1>(a, r, k, std::min(kSteps, steps - k), panel, c, k == 0);
+        multiply_tile<Kind, 2 * kRows, 1>(a, r, k, std::min(kSteps, steps - k), panel, c, k == 0,
+                                          reinterpret_cast<const char*>(panel));
       }
     }
     return;
   }
   for (int64_t k = 0; k < steps; k += kSteps) {  // many: a slice of the panel stays in L1
     const int64_t count = std::min(kSteps, steps - k);
-    for (int r = 0; r < rows; r += kRows) {
+    const char* ahead = reinterpret_cast<const char*>(panel + (k + count) * kPanel);
+    for (int r = 0; r < rows; r += kRows, ahead += count * kPace) {
       if (vectors == 2) {
-        multiply_tile<Kind, kRows, 2>(a, r, k, count, panel, c, k == 0);
+        multiply_tile<Kind, kRows, 2>(a, r, k, count, panel, c, k == 0, ahead);
       } else {
-        multiply_tile<Kind, kRows, kVectors>(a, r, k, count, panel, c, k == 0);
+        multiply_tile<Kind, kRows, kVectors>(a, r, k, count, panel, c, k == 0, ahead);
       }
     }
   }

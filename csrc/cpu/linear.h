@@ -2,6 +2,7 @@
 // namespace of the instruction set being compiled.
 #pragma once
 
+#include "few.h"
 #include "gemm.h"
 #include "logprob.h"
 #include "pack.h"
@@ -55,10 +56,11 @@ class Tokens {
     return n > 2 ? kVectors : n;
   }
 
-  // Rows [v0, v0 + n) of the weight; as floats in `scratch` [kBlock, H] if they are not stored so.
+  // Rows [v0, v0 + n) of the weight; as floats in `scratch` [kBlock, H] if they are not stored so
+  // and more than one panel wants them.
   Rows weight_rows(int64_t v0, int n, float* scratch) const {
     const auto* weight = static_cast<const char*>(a_.weight);
-    const bool convert = Kind::kStep == 1 && a_.weight_type != Float::f32;
+    const bool convert = Kind::kStep == 1 && a_.weight_type != Float::f32 && panels() > 1;
     const int64_t stride = a_.weight_stride * bytes(a_.weight_type);
     Rows rows;
     rows.data = convert ? reinterpret_cast<const char*>(scratch) : weight;
@@ -77,8 +79,17 @@ class Tokens {
   void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
     const int vectors = this->vectors(p);
     const Element* panel = packed_.get() + p * kPanel * steps_;
-    if (vectors == 1) {  // few tokens: reading the weight is what takes time
-      const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
+    const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
+    if constexpr (Kind::kStep == 1) {
+      const Float type = panels() > 1 ? Float::f32 : a_.weight_type;
+      if (vectors == 1) {  // few tokens: reading the weight is what takes time
+        multiply_few(even, type, n, steps_, panel, static_cast<int>(in_panel(p)), z);
+      } else if (type != Float::f32) {
+        multiply_converted(even, type, n, steps_, panel, vectors, z);
+      } else {
+        multiply<Kind>(rows, n, steps_, panel, vectors, z);
+      }
+    } else if (vectors == 1) {
       multiply_streamed<Kind>(even, n, steps_, panel, vectors, z);
     } else {
       multiply<Kind>(rows, n, steps_, panel, vectors, z);

@@ -20,6 +20,7 @@ constexpr float kNothing = 1e-37f;  // probabilities below it count as 0, lest s
 // How a problem's backward goes, which its forward has to know.
 struct Plan {
   int64_t capacity, padded;  // tokens at a time, and these as whole panels
+  int64_t g_stride;          // of a vocabulary row of G: a line more, or rows share few cache sets
   int64_t columns;           // H as whole panels
   int64_t chunk;             // vocabulary rows taken together
   int64_t panels;            // of all tokens
@@ -39,6 +40,7 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   Plan plan;
   plan.capacity = tokens_at_once<Kind>(a);
   plan.padded = round_up(plan.capacity, kPanel);
+  plan.g_stride = plan.padded + 16 * Kind::kStep;
   plan.columns = round_up(a.width, kPanel);
   const int64_t fit = std::min<int64_t>(std::max<int64_t>(kFloats / a.width, 1), 768);
   plan.chunk = std::min(round_up(fit, 2 * kBlock), round_up(a.vocab, kBlock));
@@ -46,7 +48,8 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
 
   const bool several = a.rows > plan.capacity, floats = a.hidden_type == Float::f32;
   const int64_t scratch =
-      4 * (2 * plan.padded * plan.columns / Kind::kStep + plan.chunk * plan.padded +
+      4 * (2 * plan.padded * plan.columns / Kind::kStep +
+           plan.chunk * (2 * plan.padded / Kind::kStep + 16) +
            plan.chunk * plan.columns / Kind::kStep + (several ? plan.chunk * a.width : 0));
   const int64_t all_sums = floats ? 0 : 4 * a.rows * a.width;
   plan.one_walk = scratch + all_sums <= workspace.limit || !several;
@@ -87,8 +90,8 @@ class Backward {
         several_(a_.rows > plan_.capacity),
         tokens_(a_, plan_.capacity),
         upstream_(plan_.padded / kPanel),
-        by_row_(plan_.chunk * plan_.padded / Kind::kStep),
-        by_token_(Kind::kStep == 1 ? 0 : plan_.chunk / Kind::kStep * plan_.padded),
+        by_row_(plan_.chunk * plan_.g_stride / Kind::kStep),
+        by_token_(plan_.chunk / Kind::kStep * plan_.padded),
         hidden_(args.grad_weight ? plan_.padded / Kind::kStep * plan_.columns : 0),
         weight_(args.grad_hidden ? plan_.chunk / Kind::kStep * plan_.columns : 0),
         grad_weight_(args.grad_weight && several_ ? plan_.chunk * a_.width : 0),
@@ -220,12 +223,15 @@ class Backward {
       }
     });
     if (hidden) {
-      const int64_t blocks = ceil_div(tokens_.count(), kBlock), panels = plan_.columns / kPanel;
-      const int64_t groups = std::min(panels, ceil_div(4 * threads_, blocks));
-      const int64_t width = ceil_div(panels, groups) * kPanel;
-      parallel_for(blocks * groups, threads_, [&](int64_t task) {
-        const int64_t h0 = task % groups * width;
-        add_grad_hidden(task / groups, rows, h0, std::min(h0 + width, a_.width));
+      // A few panels of the weight stay in L2 while G passes by; or one, and all of a small G.
+      const int64_t blocks = ceil_div(tokens_.count(), kBlock);
+      const int64_t width = (blocks > 8 ? 4 : 1) * 64, groups = ceil_div(a_.width, width);
+      const int64_t ranges = std::min(blocks, ceil_div(4 * threads_, groups));
+      parallel_for(groups * ranges, threads_, [&](int64_t task) {
+        const int64_t h0 = task / ranges * width, range = task % ranges;
+        for (int64_t b = range * blocks / ranges; b < (range + 1) * blocks / ranges; ++b) {
+          add_grad_hidden(b, rows, h0, std::min(h0 + width, a_.width));
+        }
       });
     }
   }
@@ -325,31 +331,46 @@ class Backward {
     }
   }
 
-  // G as the two products read it: by vocabulary row, and (for pairs) by token.
+  // G as the two products read it, by vocabulary row and by token: read across, its rows would be a
+  // cache line, and a page, for each number.
   void keep(int64_t in_chunk, int n, int64_t p, float* z) const {
     const int64_t tokens = tokens_.in_panel(p);
     if constexpr (Kind::kStep == 1) {
-      for (int r = 0; r < n; ++r) {
-        float* to = by_row_.get() + (in_chunk + r) * plan_.padded + p * kPanel;
+      for (int r = 0; args_.grad_weight && r < n; ++r) {
+        float* to = by_row_.get() + (in_chunk + r) * plan_.g_stride + p * kPanel;
         std::memcpy(to, z + r * kPanel, tokens * sizeof(float));
+      }
+      static_assert(kBlock % kLanes == 0, "what a tile has beyond the rows is the block's own");
+      for (int64_t at = 0; args_.grad_hidden && at < tokens; at += kLanes) {
+        float* to = by_token_.get() + (p * kPanel + at) * plan_.chunk + in_chunk;
+        for (int r0 = 0; r0 < n; r0 += kLanes) {
+          Vec tile[kLanes] = {};
+          for (int i = 0; i < std::min(kLanes, n - r0); ++i) {
+            tile[i] = load(z + (r0 + i) * kPanel + at);
+          }
+          transpose(tile);
+          for (int i = 0; i < kLanes; ++i) {
+            store(to + i * plan_.chunk + r0, tile[i]);
+          }
+        }
       }
     } else {
       auto* by_row = reinterpret_cast<uint16_t*>(by_row_.get());
-      by_row += in_chunk * plan_.padded + p * kPanel;
+      by_row += in_chunk * plan_.g_stride + p * kPanel;
       const uint16_t nothing[kLanes] = {};
       for (int64_t at = 0; at < tokens; at += kLanes) {
         for (int r = 0; tokens - at < kLanes && r < n; ++r) {
           std::fill(z + r * kPanel + tokens, z + r * kPanel + at + kLanes, 0.0f);
         }
         for (int r = 0; r < n; ++r) {
-          Kind::keep(load(z + r * kPanel + at), by_row + r * plan_.padded + at);
+          Kind::keep(load(z + r * kPanel + at), by_row + r * plan_.g_stride + at);
         }
         for (int r0 = 0; r0 < n; r0 += 2 * kLanes) {
           const int rows = std::min(n - r0, 2 * kLanes);
           Vec pairs[kLanes] = {};  // of neighbouring rows, a token per lane
           for (int r = 0; r < rows; r += 2) {
-            const uint16_t* even = by_row + (r0 + r) * plan_.padded + at;
-            pairs[r / 2] = Kind::pairs(even, r + 1 < rows ? even + plan_.padded : nothing);
+            const uint16_t* even = by_row + (r0 + r) * plan_.g_stride + at;
+            pairs[r / 2] = Kind::pairs(even, r + 1 < rows ? even + plan_.g_stride : nothing);
           }
           transpose(pairs);
           Element* to = by_token_.get() + ((p * kPanel + at) * plan_.chunk + in_chunk + r0) / 2;
@@ -370,7 +391,7 @@ class Backward {
     rows.data = reinterpret_cast<const char*>(by_row_.get());
     rows.stride = sizeof(Element);
     for (int r = 0; r < kBlock; ++r) {
-      rows.row[r] = (in_chunk + std::min(r, n - 1)) * plan_.padded * (4 / Kind::kStep);
+      rows.row[r] = (in_chunk + std::min(r, n - 1)) * plan_.g_stride * (4 / Kind::kStep);
     }
     const int64_t depth = depth_of_tokens();
     const bool last = tokens_.first() + tokens_.count() == a_.rows;
@@ -399,13 +420,11 @@ class Backward {
   void add_grad_hidden(int64_t b, int64_t rows_of_chunk, int64_t h0, int64_t h1) const {
     const int64_t t0 = b * kBlock;
     const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens_.count() - t0));
-    const void* gradients =
-        Kind::kStep == 1 ? static_cast<const void*>(by_row_.get()) : by_token_.get();
     Rows rows;
-    rows.data = static_cast<const char*>(gradients);
-    rows.stride = Kind::kStep == 1 ? plan_.padded * 4 : 4;
+    rows.data = reinterpret_cast<const char*>(by_token_.get());
+    rows.stride = sizeof(Element);
     for (int r = 0; r < kBlock; ++r) {
-      rows.row[r] = (t0 + std::min(r, n - 1)) * (Kind::kStep == 1 ? 4 : plan_.chunk * 2);
+      rows.row[r] = (t0 + std::min(r, n - 1)) * plan_.chunk * (4 / Kind::kStep);
     }
     Buffer<float> c(kBlock * kPanel);
     for (int64_t h = h0; h < h1; h += kPanel) {
@@ -432,7 +451,7 @@ class Backward {
   Tokens<Kind> tokens_;
   Buffer<Upstream> upstream_;
   Buffer<Element> by_row_;    // G [chunk, tokens]
-  Buffer<Element> by_token_;  // pairs of neighbouring rows of G: [tokens, chunk / 2]
+  Buffer<Element> by_token_;  // and [tokens, chunk]
   Buffer<Element> hidden_, weight_;
   Buffer<float> grad_weight_, sums_;
 };

@@ -1,8 +1,10 @@
 // Products of gemm.h, bit for bit, with rows of A that lie evenly: weights, read from memory once.
 // A row is then reached from one address and multiples of the stride, which fit in registers where
-// kRows or more addresses do not, and the rows that come next are asked for ahead of time.
+// kRows or more addresses do not, and the rows that come next are asked for ahead of time. Rows of
+// 16-bit numbers can become floats on the way, a few at a time, where the nearest cache holds them.
 #pragma once
 
+#include "convert.h"
 #include "gemm.h"
 
 namespace fastrl {
@@ -132,6 +134,37 @@ void multiply_streamed(const EvenRows& a, int rows, int64_t steps,
     stream_panel<Kind, std::min(3, kVectors)>(a, rows, steps, panel, c);
   } else {
     stream_panel<Kind, kVectors>(a, rows, steps, panel, c);
+  }
+}
+
+template <int R, int V>
+void convert_rows(const EvenRows& a, Float type, int rows, int64_t steps, const float* panel,
+                  float* c) {
+  constexpr int64_t kSteps = Floats::kSteps;
+  alignas(64) float floats[R * kSteps];
+  for (int r0 = 0; r0 < rows; r0 += R) {
+    for (int64_t k = 0; k < steps; k += kSteps) {
+      const int64_t count = std::min(kSteps, steps - k);
+      for (int r = 0; r < R; ++r) {
+        const char* from = a.data + std::min(r0 + r, rows - 1) * a.stride + k * 2;
+        for (int64_t line = 0; line < 2 * count; line += 64) {
+          __builtin_prefetch(from + R * a.stride + line);
+        }
+        to_floats(from, type, count, floats + r * kSteps);
+      }
+      stream_tile<Floats, R, V>(reinterpret_cast<const char*>(floats), kSteps * 4, 0, count,
+                                panel + k * kPanel, c + r0 * kPanel, k == 0);
+    }
+  }
+}
+
+// The same for rows of a 16-bit type, as if they had been floats, and two vectors or more.
+inline void multiply_converted(const EvenRows& a, Float type, int rows, int64_t steps,
+                               const float* panel, int vectors, float* c) {
+  if (vectors == 2) {
+    convert_rows<kRows, 2>(a, type, rows, steps, panel, c);
+  } else {
+    convert_rows<kRows, kVectors>(a, type, rows, steps, panel, c);
   }
 }
 
