@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -17,6 +18,10 @@ ROOT = Path(__file__).resolve().parent
 # One by one: mapping the whole folder would put a top-level package `kernels` on users' machines,
 # a name that belongs to Hugging Face.
 FAMILIES = sorted(p.parent.name for p in ROOT.glob("kernels/*/__init__.py"))
+
+# To everyone who installs it editable setuptools says, in a box, that a folder named like a package
+# goes before it on sys.path. Here that folder is the package.
+warnings.filterwarnings("ignore", message="Editable installation")
 
 
 def choice(variable: str) -> str:

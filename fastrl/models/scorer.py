@@ -13,9 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastrl.hub import find_source
 from fastrl.kernels import LogProbs
 from fastrl.models.head import as_forward, backbone, unwrap
-from fastrl.models.load import _check_path
 from fastrl.models.logprobs import (
     completion_states,
     pack_groups,
@@ -117,10 +117,13 @@ def logprobs_and_values(
 
 
 def load_scorer(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A sequence classifier from a local directory or hub id, from safetensors only."""
-    _check_path(path)
+    """A sequence classifier from a local directory or hub id, from safetensors only.
+
+    Raises `ValueError` where it is not to be had.
+    """
+    at = find_source(path)
     return AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=dtype, use_safetensors=True
+        at.name, local_files_only=at.local_files_only, dtype=dtype, use_safetensors=True
     )
 
 
