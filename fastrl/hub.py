@@ -1,27 +1,18 @@
 """Where a model comes from: a local directory, or a name on the Hugging Face hub."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 
-class Source(NamedTuple):
-    """What `from_pretrained` takes: a directory or hub id, and whether to ask the hub for it."""
+def find_model(path: str) -> str:
+    """The directory or hub id for `from_pretrained`, known to be there before anything is loaded.
 
-    name: str
-    local_files_only: bool
-
-
-def find_source(path: str) -> Source:
-    """What a model's path names, known to be there before anything is loaded.
-
-    A directory needs no network, nor does a hub id that is in the hub's cache while the hub does
-    not answer (or with `HF_HUB_OFFLINE=1`). The hub is asked once, for at most
-    `HF_HUB_ETAG_TIMEOUT` seconds (10): its own functions go on trying, file by file, for minutes.
-    Raises `ValueError` for a directory that is no model's, and for a name that neither the hub nor
-    its cache has.
+    Where the hub does not answer (or with `HF_HUB_OFFLINE=1`) a hub id becomes its directory in the
+    hub's cache. The hub is asked once, for at most `HF_HUB_ETAG_TIMEOUT` seconds (10): its own
+    functions go on trying, file by file, for minutes. Raises `ValueError` for a directory that is
+    no model's, and for a name that neither the hub nor its cache has.
     """
     folder = Path(path).expanduser()
     if path.startswith(("/", ".", "~")) and not folder.is_dir():
@@ -31,7 +22,7 @@ def find_source(path: str) -> Source:
             raise ValueError(
                 f"model path {path!r} holds no config.json; give a Hugging Face model directory"
             )
-        return Source(str(folder), True)
+        return str(folder)
     try:
         get_hf_file_metadata(hf_hub_url(path, "config.json"))
     except HFValidationError as error:
@@ -47,13 +38,14 @@ def find_source(path: str) -> Source:
     except EntryNotFoundError:  # a tokenizer's alone, perhaps
         pass
     except Exception as error:  # of the HTTP library; the hub is at its third
-        if not isinstance(try_to_load_from_cache(path, "config.json"), str):
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
-                f"model {path!r} is neither a directory nor in the Hugging Face hub's cache, and "
-                f"the hub cannot be asked: {why}. Give a directory with a model: where the hub can "
-                f"be reached, `hf download {path} --local-dir FOLDER` makes one. Recipes with "
-                "model.architecture, such as arithmetic, make their model themselves"
-            ) from error
-        return Source(path, True)
-    return Source(path, False)
+        cached = try_to_load_from_cache(path, "config.json")
+        if isinstance(cached, str):
+            return str(Path(cached).parent)
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"model {path!r} is neither a directory nor in the Hugging Face hub's cache, and the "
+            f"hub cannot be asked: {why}. Give a directory with a model: where the hub can be "
+            f"reached, `hf download {path} --local-dir FOLDER` makes one. Recipes with "
+            "model.architecture, such as arithmetic, make their model themselves"
+        ) from error
+    return path

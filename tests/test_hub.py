@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from fastrl import models
-from fastrl.hub import Source, find_source
+from fastrl.hub import find_model
 from fastrl.reward import QuantizedRewardModel, RewardModelError
 
 # What the hub says of a file: its status, and its own name of an error.
@@ -48,7 +48,7 @@ def asked(monkeypatch, tmp_path):
     """A hub on loopback, in the place of the real one, and an empty cache; what it was asked."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     place(server.server_address[1], monkeypatch, tmp_path)
     yield server.asked
     server.shutdown()
@@ -68,8 +68,8 @@ def gone(monkeypatch, tmp_path):
 
 
 def test_the_hub_is_asked_once(asked):
-    assert find_source("some/model") == Source("some/model", False)
-    assert find_source("some/tokenizer") == Source("some/tokenizer", False)
+    assert find_model("some/model") == "some/model"
+    assert find_model("some/tokenizer") == "some/tokenizer"
     assert len(asked) == 2
 
 
@@ -83,7 +83,7 @@ def test_the_hub_is_asked_once(asked):
 )
 def test_what_is_not_to_be_had_is_an_error_at_once(name, message, asked):
     with pytest.raises(ValueError, match=message) as raised:
-        find_source(name)
+        find_model(name)
     assert repr(name) in str(raised.value) and len(asked) <= 1
 
 
@@ -103,7 +103,7 @@ def test_without_a_network_the_cache_serves(gone, recipe):
     models.save_pretrained(model, tokenizer, kept / "snapshots" / "0123")
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("0123")
-    assert find_source("some/model") == Source("some/model", True)
+    assert find_model("some/model") == str(kept / "snapshots" / "0123")
     assert models.load_tokenizer("some/model").get_vocab() == tokenizer.get_vocab()
     again = models.load_model("some/model")
     assert again.lm_head.weight.equal(model.lm_head.weight)
@@ -113,4 +113,4 @@ def test_a_directory_is_found_in_the_home_folder_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert find_source("~/model") == Source(str(tmp_path / "model"), True)
+    assert find_model("~/model") == str(tmp_path / "model")

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fastrl.hub import find_source
+from fastrl.hub import find_model
 from fastrl.models.head import unwrap
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -51,8 +51,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
     Raises `ValueError` where it is not to be had, and where it names no eos token.
     """
-    at = find_source(path)
-    tokenizer = AutoTokenizer.from_pretrained(at.name, local_files_only=at.local_files_only)
+    tokenizer = AutoTokenizer.from_pretrained(find_model(path))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path!r} has no eos token; completions would never end")
     return tokenizer
@@ -97,10 +96,7 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 
     Raises `ValueError` where it is not to be had.
     """
-    at = find_source(path)
-    return AutoModelForCausalLM.from_pretrained(
-        at.name, local_files_only=at.local_files_only, dtype=dtype, use_safetensors=True
-    )
+    return AutoModelForCausalLM.from_pretrained(find_model(path), dtype=dtype, use_safetensors=True)
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastrl.hub import find_source
+from fastrl.hub import find_model
 from fastrl.kernels import LogProbs
 from fastrl.models.head import as_forward, backbone, unwrap
 from fastrl.models.logprobs import (
@@ -121,9 +121,8 @@ def load_scorer(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 
     Raises `ValueError` where it is not to be had.
     """
-    at = find_source(path)
     return AutoModelForSequenceClassification.from_pretrained(
-        at.name, local_files_only=at.local_files_only, dtype=dtype, use_safetensors=True
+        find_model(path), dtype=dtype, use_safetensors=True
     )
 
 

@@ -16,7 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from fastrl.hub import find_source
+from fastrl.hub import find_model
 
 ROTARY = {
     "llama": LlamaRotaryEmbedding,
@@ -316,19 +316,16 @@ class Safetensors(Mapping[str, Tensor]):
 
 def _folder(path: str) -> Path:
     try:
-        at = find_source(path)
+        found = find_model(path)
     except ValueError as error:
         raise RewardModelError(str(error)) from error
-    if Path(at.name).is_dir():
-        return Path(at.name)
+    if Path(found).is_dir():
+        return Path(found)
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
-        folder = snapshot_download(
-            at.name, local_files_only=at.local_files_only, allow_patterns=patterns
-        )
-    except Exception as error:  # no network, no access, a part in the cache: the hub's own types
+        return Path(snapshot_download(found, allow_patterns=patterns))
+    except Exception as error:  # no network by now, no access to a file: the hub's own types
         raise RewardModelError(f"model {path!r} cannot be read from the hub: {error}") from error
-    return Path(folder)
 
 
 def rotary(config: Any, positions: int) -> tuple[Tensor, Tensor]:
