@@ -74,11 +74,11 @@ class CMakeBuild(build_ext):
         native = choice("FASTRL_NATIVE")
         if native == "auto" and compiler() is None:
             native = "off"
-            print(
-                "WARNING: no C++ compiler found: fastrl installs without its native kernels and "
+            warnings.warn(  # which pip 26 shows; older ones show nothing of a build but with -v
+                "no C++ compiler found: fastrl installs without its native kernels and "
                 "runs on the slower reference and Triton paths. Install g++ and reinstall with "
                 "--no-cache-dir, or set FASTRL_NATIVE=off to silence this.",
-                file=sys.stderr,
+                stacklevel=1,
             )
         if native == "off":
             self._forget()
@@ -102,7 +102,9 @@ class CMakeBuild(build_ext):
             raise SystemExit("cmake was not found; pip install cmake")
         ninja = tool("ninja")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Of all that is compiled only bindings.cpp knows Python: wheels for several share the rest.
+        shared = self.build_temp.replace(f"-{sys.implementation.cache_tag}", "")
+        build = Path(shared).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         # A CMake from a build environment that is gone by now cannot be reused.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
