@@ -114,3 +114,11 @@ def test_a_directory_is_found_in_the_home_folder_too(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert find_model("~/model") == str(tmp_path / "model")
+
+
+def test_a_teacher_is_looked_for_before_any_work(recipe, tmp_path):
+    from fastrl.train import loop, parse_config
+
+    recipe["stages"] = {"distillation": {"steps": 1, "teacher": str(tmp_path / "none")}}
+    with pytest.raises(ValueError, match="none' is not a directory"):
+        loop.prepare(parse_config(recipe))
