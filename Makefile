@@ -4,12 +4,12 @@ VENV ?= .venv
 RECIPE ?= arithmetic
 WORKERS ?= 2
 BIN := $(VENV)/bin
-# setuptools warns of every editable install.
-EDITABLE := PYTHONWARNINGS="ignore:Editable installation" \
-  $(BIN)/pip install --quiet --constraint constraints.txt --editable
+EDITABLE := $(BIN)/pip install --quiet --constraint constraints.txt --editable
+PYTHONS ?= $(BIN)/python
+TORCHES ?= 2.13.0 2.15.0
 INSTALLED := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: train test test-slow lint bench tables docs notebooks wheel clean
+.PHONY: train test test-slow lint bench tables docs notebooks wheel test-wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastrl train $(RECIPE) $(ARGS)
@@ -44,13 +44,24 @@ notebooks: $(VENV)/.installed-docs
 	$(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False \
 	  docs/*.ipynb
 
-# A wheel in dist/, tagged with the Linuxes that it runs on; with CUDA's major in its version where
-# nvcc built kernels, which FASTRL_CUDA=off prevents.
+# A wheel for each of PYTHONS in dist/, tagged with the Linuxes that it runs on; with CUDA's major in
+# its version where nvcc built kernels, which FASTRL_CUDA=off prevents.
 wheel: $(VENV)/.installed-dev
-	rm -rf build/wheel
-	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
-	$(BIN)/python tests/wheel_links.py build/wheel/fastrl-*.whl
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat auto -w dist build/wheel/*.whl
+	rm -rf build/wheel build/lib.*
+	for python in $(PYTHONS); do \
+	  $(BIN)/pip --python "$$(command -v $$python)" wheel --quiet --no-deps \
+	    --build-constraint constraints.txt --wheel-dir build/wheel . || exit 1; \
+	done
+	for wheel in build/wheel/*.whl; do \
+	  $(BIN)/python tests/wheel_links.py $$wheel && PATH="$(abspath $(BIN)):$$PATH" \
+	    $(BIN)/auditwheel repair --plat auto --wheel-dir dist $$wheel || exit 1; \
+	done
+
+# The wheel for our own Python, the file itself, beside each of TORCHES and Hugging Face's `kernels`,
+# which are fetched.
+test-wheel: wheel
+	PATH="$(abspath $(BIN)):$$PATH" KERNELS=1 TORCHES="$(TORCHES)" bash tests/packaging.sh \
+	  "$$(ls -t dist/fastrl-*-cp$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-*.whl | head -n 1)"
 
 # torch first and pinned: unpinned, pip may take a build with gigabytes of CUDA packages.
 $(VENV)/.torch: constraints.txt

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -17,6 +18,10 @@ ROOT = Path(__file__).resolve().parent
 # One by one: mapping the whole folder would put a top-level package `kernels` on users' machines,
 # a name that belongs to Hugging Face.
 FAMILIES = sorted(p.parent.name for p in ROOT.glob("kernels/*/__init__.py"))
+
+# To everyone who installs it editable setuptools says, in a box, that a folder named like a package
+# goes before it on sys.path. Here that folder is the package.
+warnings.filterwarnings("ignore", message="Editable installation")
 
 
 def choice(variable: str) -> str:
@@ -69,11 +74,11 @@ class CMakeBuild(build_ext):
         native = choice("FASTRL_NATIVE")
         if native == "auto" and compiler() is None:
             native = "off"
-            print(
-                "WARNING: no C++ compiler found: fastrl installs without its native kernels and "
+            warnings.warn(  # which pip 26 shows; older ones show nothing of a build but with -v
+                "no C++ compiler found: fastrl installs without its native kernels and "
                 "runs on the slower reference and Triton paths. Install g++ and reinstall with "
                 "--no-cache-dir, or set FASTRL_NATIVE=off to silence this.",
-                file=sys.stderr,
+                stacklevel=1,
             )
         if native == "off":
             self._forget()
@@ -97,7 +102,9 @@ class CMakeBuild(build_ext):
             raise SystemExit("cmake was not found; pip install cmake")
         ninja = tool("ninja")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Of all that is compiled only bindings.cpp knows Python: wheels for several share the rest.
+        shared = self.build_temp.replace(f"-{sys.implementation.cache_tag}", "")
+        build = Path(shared).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         # A CMake from a build environment that is gone by now cannot be reused.
         (build / "CMakeCache.txt").unlink(missing_ok=True)

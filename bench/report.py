@@ -1,7 +1,7 @@
 """Shows what was measured: the machine, a table for each shape, and what changed since a report."""
 
 import math
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from rich import box
@@ -12,6 +12,8 @@ from fastrl import bench
 from fastrl.bench.race import describe
 
 LEAST_BAND = 0.05  # a change smaller than this is noise whatever the percentiles say
+SPARED = ("error", "20-80%", "peak", "+MB")  # what a narrow terminal does without, in this order
+WIDEST = 1000  # characters, more than any table has
 FEW, WIDE_BAND = 3, 0.3  # with fewer rounds than that there are no percentiles to tell by
 Comparison = list[dict[str, Any]]
 
@@ -42,30 +44,22 @@ def show_start(report: dict, console: Console) -> None:
 
 
 def show_point(result: dict, console: Console) -> None:
-    """Prints a shape: a row a variant."""
+    """Prints a shape: a row a variant, and of the columns as many as fit."""
     title = f"{result['op']}: {describe(result['shape'])}"
     if why := result.get("skipped") or result.get("failed"):
-        console.print(f"{title}: {why}", markup=False, highlight=False)
+        title += f": {why}"
+    console.print(title, markup=False, highlight=False, style="italic")
     if not result["variants"]:
         return
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("variant", min_width=12, overflow="fold")
-    table.add_column("mode")
-    wide = console.width >= 100
-    for column in ("ms", "20-80%", "x", "rate", "peak", "+MB", *(["error"] if wide else [])):
-        table.add_column(column, justify="right", no_wrap=True)
-    base = best_of_ours(result)
-    for mode in result["bounds"]:
-        for name, of in result["variants"].items():
-            if mode in of:
-                style = "bold" if of["peer"] == "fastrl" else None
-                cells = _timing(of, mode, base.get(mode), result["bounds"][mode])
-                table.add_row(name, mode, *cells[: 7 if wide else 6], style=style)
-        table.add_section()
+    columns = ["ms", "20-80%", "x", "rate", "peak", "+MB", "error"]
+    table, room = _table(result, columns), console.options.update_width(WIDEST)
+    for column in SPARED:
+        if console.measure(table, options=room).maximum <= console.width:
+            break
+        columns.remove(column)
+        table = _table(result, columns)
     if table.row_count:
         console.print(table)
-    else:
-        console.print(title, highlight=False)
     for mode in result["bounds"]:
         if factors := ladder(result, mode):
             start = next(iter(bench.load(result["op"]).ladder))
@@ -79,19 +73,39 @@ def show_point(result: dict, console: Console) -> None:
                 console.print(f"  {name} {kind}: {of[kind]}", style=style, markup=False)
 
 
-def _timing(of: dict, mode: str, base: float | None, bound: dict) -> list[str]:
+def _table(result: dict, columns: list[str]) -> Table:
+    """What was timed at a shape, ours in bold."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("variant", min_width=12, overflow="fold")
+    table.add_column("mode", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    base = best_of_ours(result)
+    for mode in result["bounds"]:
+        for name, of in result["variants"].items():
+            if mode in of:
+                cells = _timing(of, mode, base.get(mode), result["bounds"][mode])
+                style = "bold" if of["peer"] == "fastrl" else None
+                table.add_row(name, mode, *(cells[c] for c in columns), style=style)
+        table.add_section()
+    return table
+
+
+def _timing(of: dict, mode: str, base: float | None, bound: dict) -> dict[str, str]:
     """Median, percentiles, how many times ours, rate, share of the peak, memory, largest error."""
     times, errors = of[mode], of.get("errors", {})
     median, spread = times["median"], times["rounds"] >= FEW
-    return [
-        figure(1e3 * median),
-        f"{figure(1e3 * times['p20'])}-{figure(1e3 * times['p80'])}" if spread else "",
-        (f"{median / base:.2f}" if median < 100 * base else f"{median / base:.0f}") if base else "",
-        rate(median, bound),
-        f"{bound['floor'] / median:.0%}" if "floor" in bound else "",
-        f"{of['extra_mb'][mode]:.0f}" if "extra_mb" in of else "",
-        f"{max(errors.values()):.0e}" if errors else "",
-    ]
+    low, high = figure(1e3 * times["p20"]), figure(1e3 * times["p80"])
+    times_ours = median / base if base else math.nan
+    return {
+        "ms": figure(1e3 * median),
+        "20-80%": f"{low}-{high}" if spread else "",
+        "x": (f"{times_ours:.2f}" if times_ours < 100 else f"{times_ours:.0f}") if base else "",
+        "rate": rate(median, bound),
+        "peak": f"{bound['floor'] / median:.0%}" if "floor" in bound else "",
+        "+MB": f"{of['extra_mb'][mode]:.0f}" if "extra_mb" in of else "",
+        "error": f"{max(errors.values()):.0e}" if errors else "",
+    }
 
 
 def ladder(result: dict, mode: str) -> dict[str, float]:
@@ -205,24 +219,22 @@ def regressions(rows: Comparison) -> Comparison:
 
 def show_comparison(rows: Comparison, console: Console) -> None:
     """Prints the ratios; the others' say whether the machine itself was slower."""
-    table = Table(title="against the old report: median, new / old", title_justify="left")
-    for column in ("op", "shape", "variant", "mode"):
-        table.add_column(column)
-    for column in ("ratio", "noise", ""):
-        table.add_column(column, justify="right")
-    for row in rows:
-        bad = row["ours"] and row["verdict"] in ("slower", "wrong")
-        table.add_row(
-            row["op"],
-            describe(row["shape"]),
-            row["variant"],
-            row["mode"],
-            f"{row['ratio']:.2f}",
-            f"±{row['band']:.0%}",
-            row["verdict"],
-            style="bold red" if bad else None,
-        )
-    console.print(table)
+    console.print("against the old report: median, new / old", style="italic", highlight=False)
+    for where, of in groupby(rows, lambda row: f"{row['op']}: {describe(row['shape'])}"):
+        console.print(where, style="italic", markup=False, highlight=False)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("variant", min_width=12, overflow="fold")
+        table.add_column("mode")
+        for column in ("ratio", "noise", ""):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in of:
+            bad = row["ours"] and row["verdict"] in ("slower", "wrong")
+            table.add_row(
+                *(row["variant"], row["mode"]),
+                *(f"{row['ratio']:.2f}", f"±{row['band']:.0%}", row["verdict"]),
+                style="bold red" if bad else None,
+            )
+        console.print(table)
     peers = sorted(r["ratio"] for r in rows if not r["ours"] and not math.isnan(r["ratio"]))
     if peers:
         drift = peers[len(peers) // 2]

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Installs fastrl the ways users do, away from the source tree: sdist, wheel built from it, wheel
-# without a compiler, editable; each beside a package named `kernels`, as Hugging Face's is.
-# Takes torch and the build tools from the `python` on PATH and needs no network, unless asked to fetch
+# packaging.sh [WHEEL]: installs fastrl the ways users do, away from the source tree: sdist, wheel
+# built from it, wheel without a compiler, editable; each beside a package named `kernels`, as
+# Hugging Face's is. With WHEEL nothing is built: that one file is tried, with a part of the tests.
+# Takes torch and the tools from the `python` on PATH and needs no network, unless asked to fetch
 #   KERNELS=1           Hugging Face's own `kernels` (10 MB), for the wheel to lie beside
 #   TORCHES="2.9.1 ..."  other torches, for the one wheel to pass a part of the tests with; from PyPI
 #                       each brings 3 to 4 GB of CUDA packages, from PIP_INDEX_URL=https://
 #                       download.pytorch.org/whl/cpu none
 set -euo pipefail
+wheel=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/.."
 
 python=$(command -v python)
@@ -53,9 +55,18 @@ PY
   echo "  ok: $1, $3 from $2"
 }
 
+# trial ENVIRONMENT: the self-test of every op, and of the tests what asks most of torch, in a minute.
+trial() {
+  (cd "$work" && "$1/bin/fastrl" doctor --selftest >log) || { cat "$work/log"; exit 1; }
+  [ -d "$work/tests" ] || cp -r tests pyproject.toml "$work"
+  (cd "$work" && "$1/bin/python" -m pytest -q -m "not slow and not gpu" \
+    -k "not every_instruction_set" \
+    tests/test_{scan,sample,models}.py)
+}
+
 install() {
-  "$python" -m pip --python "$work/$1/bin/python" install -q --no-deps --no-build-isolation \
-    --disable-pip-version-check "${@:2}"
+  "$python" -m pip --python "$work/$1/bin/python" install --no-deps --no-build-isolation \
+    --disable-pip-version-check "${@:2}" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 }
 
 # With what it depends on; nothing outside the environment is touched.
@@ -63,53 +74,29 @@ fetch() {
   "$python" -m pip --python "$work/$1/bin/python" install -q --disable-pip-version-check "${@:2}"
 }
 
-echo "== sdist"
-"$python" -m build --sdist --no-isolation --outdir "$work/dist" . >"$work/log" 2>&1 ||
-  { cat "$work/log"; exit 1; }
-mkdir "$work/src"
-[[ $(echo "$work"/dist/*) != *+cu* ]] || { echo "the sdist names a CUDA"; exit 1; }
-tar -xf "$work"/dist/fastrl-*.tar.gz -C "$work/src"
-source=$(echo "$work"/src/fastrl-*)
-for file in CMakeLists.txt csrc/bindings.cpp csrc/cpu/scan.cpp csrc/cpu/scan.h csrc/cuda/scan.cu \
-  kernels/scan/op.py bench/race.py fastrl/py.typed; do
-  [ -e "$source/$file" ] || { echo "the sdist lacks $file"; exit 1; }
-done
+if [ -z "$wheel" ]; then
+  echo "== sdist"
+  "$python" -m build --sdist --no-isolation --outdir "$work/dist" . >"$work/log" 2>&1 ||
+    { cat "$work/log"; exit 1; }
+  mkdir "$work/src"
+  [[ $(echo "$work"/dist/*) != *+cu* ]] || { echo "the sdist names a CUDA"; exit 1; }
+  tar -xf "$work"/dist/fastrl-*.tar.gz -C "$work/src"
+  source=$(echo "$work"/src/fastrl-*)
+  for file in CMakeLists.txt csrc/bindings.cpp csrc/cpu/scan.cpp csrc/cpu/scan.h csrc/cuda/scan.cu \
+    kernels/scan/op.py bench/race.py fastrl/py.typed; do
+    [ -e "$source/$file" ] || { echo "the sdist lacks $file"; exit 1; }
+  done
 
-echo "== wheel from the sdist"
-"$python" -m build --wheel --no-isolation --outdir "$work/wheel" "$source" >"$work/log" 2>&1 ||
-  { cat "$work/log"; exit 1; }
-"$python" - "$work"/wheel/*.whl <<'PY'
-import sys
-import zipfile
-
-names = zipfile.ZipFile(sys.argv[1]).namelist()
-for start in (
-    "fastrl/_C.",
-    "fastrl/bench/race.py",
-    "fastrl/kernels/scan/op.py",
-    "fastrl/py.typed",
-    "fastrl/recipes/",
-):
-    assert any(n.startswith(start) for n in names), f"the wheel lacks {start}"
-assert not any(n.startswith(("bench/", "kernels/", "tests/", "csrc/")) for n in names), names
-PY
-"$python" tests/wheel_links.py "$work"/wheel/*.whl
-environment wheel-env
-install wheel-env "$work"/wheel/*.whl
-check wheel-env "$work" cpu
-(cd "$work" && wheel-env/bin/fastrl bench scan --shape B=3,T=17 --seconds 0.1 >/dev/null)
-FASTRL_NATIVE=off check wheel-env "$work" reference
-
-echo "== wheel without a compiler"
-mkdir "$work/empty"
-PATH="$work/empty" "$python" -m build --wheel --no-isolation --outdir "$work/plain" "$source" \
-  >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
-grep -q "no C++ compiler found" "$work/log" || { echo "no warning about the compiler"; exit 1; }
-environment plain-env
-install plain-env "$work"/plain/*.whl
-# What it depends on needs no compiler either: of no package here was a wheel built on this machine,
-# whose tag has a plain "linux" where one from an index says which Linux it runs on.
-"$work/plain-env/bin/python" - <<'PY'
+  echo "== wheel without a compiler"
+  mkdir "$work/empty"
+  PATH="$work/empty" "$python" -m build --wheel --no-isolation --outdir "$work/plain" "$source" \
+    >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+  grep -q "no C++ compiler found" "$work/log" || { echo "no warning about the compiler"; exit 1; }
+  environment plain-env
+  install plain-env "$work"/plain/*.whl
+  # What it depends on needs no compiler either: of no package here was a wheel built on this
+  # machine, whose tag has a plain "linux" where one from an index says which Linux it runs on.
+  "$work/plain-env/bin/python" - <<'PY'
 from importlib.metadata import PackageNotFoundError, distribution
 
 from packaging.requirements import Requirement
@@ -129,36 +116,69 @@ while todo:
     needs = map(Requirement, package.requires or ())
     todo += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
 PY
-check plain-env "$work" reference
+  check plain-env "$work" reference
 
-echo "== editable"
-environment editable-env
-FASTRL_CUDA=off install editable-env --editable "$source"
-check editable-env "$work" cpu
-check editable-env "$source" cpu
+  echo "== wheel from the sdist"
+  "$python" -m build --wheel --no-isolation --outdir "$work/wheel" "$source" >"$work/log" 2>&1 ||
+    { cat "$work/log"; exit 1; }
+  wheel=$(echo "$work"/wheel/*.whl)
+
+  echo "== editable"
+  environment editable-env
+  FASTRL_CUDA=off install editable-env --verbose --editable "$source"
+  ! grep "Editable installation" "$work/log" || { echo "setuptools warns"; exit 1; }
+  check editable-env "$work" cpu
+  check editable-env "$source" cpu
+else
+  TORCHES=${TORCHES:-$("$python" -c 'import torch; print(torch.__version__)')}
+fi
+
+echo "== $(basename "$wheel")"
+"$python" - "$wheel" <<'PY'
+import sys
+import zipfile
+
+names = zipfile.ZipFile(sys.argv[1]).namelist()
+(info,) = {n.partition("/")[0] for n in names if ".dist-info/" in n}
+for start in (
+    "fastrl/_C.",
+    "fastrl/bench/race.py",
+    "fastrl/kernels/scan/op.py",
+    "fastrl/py.typed",
+    "fastrl/recipes/",
+    f"{info}/licenses/LICENSE",
+    f"{info}/licenses/LICENSES/README.md",  # what is compiled in
+    f"{info}/licenses/LICENSES/pybind11.txt",
+):
+    assert any(n.startswith(start) for n in names), f"the wheel lacks {start}"
+strange = [n for n in names if n.partition("/")[0] not in ("fastrl", info)]
+assert not strange, f"the wheel brings {strange}"  # such as libraries that auditwheel put in
+PY
+"$python" tests/wheel_links.py "$wheel"
+environment wheel-env
+install wheel-env "$wheel"
+check wheel-env "$work" cpu
+(cd "$work" && wheel-env/bin/fastrl bench scan --shape B=3,T=17 --seconds 0.1 --no-peak \
+  --against eager >/dev/null)
+FASTRL_NATIVE=off check wheel-env "$work" reference
 
 if [ -n "${KERNELS:-}" ]; then
   echo "== beside Hugging Face's kernels"
   environment kernels-env
   rm -r "$work"/kernels-env/lib/python*/site-packages/kernels
   fetch kernels-env kernels
-  install kernels-env "$work"/wheel/*.whl
+  install kernels-env "$wheel"
   check kernels-env "$work" cpu
 fi
 
-# Of the tests, what calls every op and what touches most of torch.
-tests=(scan sample logprob attention decode losses rollout models)
 for version in ${TORCHES:-}; do
   name="torch-$version"
   echo "== torch $version"
   environment "$name"
   fetch "$name" "torch==$version"
-  install "$name" "$work"/wheel/*.whl
+  install "$name" "$wheel"
   "$work/$name/bin/python" -c "import torch; assert torch.__version__.startswith('$version')"
   check "$name" "$work" cpu
-  (cd "$work" && "$name/bin/fastrl" doctor --selftest >log) || { cat "$work/log"; exit 1; }
-  [ -d "$work/tests" ] || cp -r tests pyproject.toml "$work"
-  (cd "$work" && "$name/bin/python" -m pytest -q -m "not slow and not gpu" \
-    -k "not every_instruction_set" $(printf "tests/test_%s.py " "${tests[@]}") 2>&1)
+  trial "$name"
 done
 echo "packaging: ok"

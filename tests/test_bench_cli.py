@@ -1,10 +1,13 @@
 """fastrl bench: the gate, what is missing, what is written, and what became slower."""
 
 import copy
+import io
 import json
+import re
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fastrl import bench
@@ -230,6 +233,43 @@ def test_reports_that_cannot_be_compared(change, message):
     change(old)
     with pytest.raises(ValueError, match=message):
         report.compare(old, made_up(1.0))
+
+
+def shown(show, found, width):
+    """The lines that ``show`` prints on a terminal of a width."""
+    console = Console(width=width, file=io.StringIO())
+    show(found, console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    return lines
+
+
+@pytest.mark.parametrize("op", bench.OPS)
+def test_a_row_is_a_line_at_80_columns(op):
+    """Of every race, with figures as wide as they come."""
+    race = bench.load(op)
+    (shape, *_) = race.shapes("default", CPU)
+    times = {"median": 12.345, "p20": 11.111, "p80": 13.333, "rounds": 9}
+    bounds = {
+        m: {"floor": 1.2, "by": "operations", "operations": 1e13, "bytes": 1e9} for m in race.modes
+    }
+    modes = dict.fromkeys(race.modes, times) | {"extra_mb": dict.fromkeys(race.modes, 12345.6)}
+    variants = {
+        n: modes | {"peer": v.peer, "errors": {"x": 1e-5}} for n, v in race.variants(CPU).items()
+    }
+    point = {"op": op, "shape": shape, "bounds": bounds, "variants": variants}
+    narrow, wide = (shown(report.show_point, point, width) for width in (80, 200))
+    assert narrow[0] == wide[0] == f"{op}: {describe(shape)}"
+    for name in variants:
+        for mode in race.modes:
+            row = rf"^ {re.escape(name)} +{mode} +12345 "
+            assert len([line for line in narrow if re.match(row, line)]) == 1, (name, narrow)
+    (heads,) = (line.split() for line in wide if "variant" in line)
+    assert heads[2:] == ["ms", "20-80%", "x", "rate", "peak", "+MB", "error"]
+    row = {"op": op, "shape": shape, "ratio": 1.0, "band": 0.05, "verdict": "same", "ours": True}
+    rows = [row | {"variant": n, "mode": m} for n in variants for m in race.modes]
+    lines = shown(report.show_comparison, rows, 80)
+    assert all(any(line.startswith(f" {n} ") and "±5%" in line for line in lines) for n in variants)
 
 
 def test_shapes_from_an_option_a_grid_and_an_old_report():

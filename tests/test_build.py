@@ -73,7 +73,7 @@ def test_without_a_compiler(wanted, tmp_path):
     environment = {"PATH": str(tmp_path), "FASTRL_NATIVE": wanted}
     done = setup_py("-q", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path), **environment)
     assert (done.returncode == 0) == (wanted != "on"), done.stderr
-    assert ("WARNING: no C++ compiler found" in done.stderr) == (wanted == "auto")
+    assert ("UserWarning: no C++ compiler found" in done.stderr) == (wanted == "auto")
     if wanted == "on":
         assert "FASTRL_NATIVE=on, but no C++ compiler was found" in done.stderr
     assert not list(tmp_path.rglob("*.so"))

@@ -17,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fastrl.hub import find_model
 from fastrl.models.head import unwrap
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -45,23 +46,12 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _check_path(path: str) -> None:
-    folder = Path(path).expanduser()
-    if path.startswith(("/", ".", "~")) and not folder.is_dir():
-        raise ValueError(f"model path {path!r} is not a directory")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"model path {path!r} holds no config.json; give a Hugging Face model directory"
-        )
-
-
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a local directory or hub id.
 
-    Raises `ValueError` where it names no eos token.
+    Raises `ValueError` where it is not to be had, and where it names no eos token.
     """
-    _check_path(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(find_model(path))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path!r} has no eos token; completions would never end")
     return tokenizer
@@ -102,9 +92,11 @@ def build_model(
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A decoder-only model from a local directory or hub id, from safetensors only."""
-    _check_path(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    """A decoder-only model from a local directory or hub id, from safetensors only.
+
+    Raises `ValueError` where it is not to be had.
+    """
+    return AutoModelForCausalLM.from_pretrained(find_model(path), dtype=dtype, use_safetensors=True)
 
 
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

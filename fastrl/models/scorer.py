@@ -13,9 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastrl.hub import find_model
 from fastrl.kernels import LogProbs
 from fastrl.models.head import as_forward, backbone, unwrap
-from fastrl.models.load import _check_path
 from fastrl.models.logprobs import (
     completion_states,
     pack_groups,
@@ -118,10 +118,12 @@ def logprobs_and_values(
 
 
 def load_scorer(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A sequence classifier from a local directory or hub id, from safetensors only."""
-    _check_path(path)
+    """A sequence classifier from a local directory or hub id, from safetensors only.
+
+    Raises `ValueError` where it is not to be had.
+    """
     return AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=dtype, use_safetensors=True
+        find_model(path), dtype=dtype, use_safetensors=True
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from fastrl.hub import find_model
 
 ROTARY = {
     "llama": LlamaRotaryEmbedding,
@@ -312,24 +315,17 @@ class Safetensors(Mapping[str, Tensor]):
 
 
 def _folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise RewardModelError(
-                f"{path!r} holds no config.json; give a Hugging Face model directory"
-            )
-        return folder
-    if path.startswith(("/", ".", "~")):
-        raise RewardModelError(f"model path {path!r} is not a directory")
-    from huggingface_hub import snapshot_download
-
+    try:
+        found = find_model(path)
+    except ValueError as error:
+        raise RewardModelError(str(error)) from error
+    if Path(found).is_dir():
+        return Path(found)
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except Exception as error:  # not found, no network, no access: all of the hub's own types
-        raise RewardModelError(
-            f"model {path!r} is neither a directory nor a repository that can be read: {error}"
-        ) from error
+        return Path(snapshot_download(found, allow_patterns=patterns))
+    except Exception as error:  # no network by now, no access to a file: the hub's own types
+        raise RewardModelError(f"model {path!r} cannot be read from the hub: {error}") from error
 
 
 def rotary(config: Any, positions: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastrl import models
+from fastrl.hub import find_model
 from fastrl.kernels import IMPLEMENTATIONS, native
 from fastrl.models.head import unwrap
 from fastrl.reward import (
@@ -77,6 +78,8 @@ def prepare(config: Config) -> Setup:
     for name, stage in config.stages.items():
         for network in stage.scorers if stage.scorer_kind == "separate" else ():
             check_scorer(model, network)
+        if getattr(stage, "teacher", None) is not None:
+            find_model(stage.teacher)
         if getattr(stage, "scheme", None) is not None:
             check_scheme(model, f"stages.{name}.scheme={stage.scheme!r}")
     context = getattr(models.backbone(model).config, "max_position_embeddings", None)
