@@ -1,0 +1,240 @@
+"""The GPU code of norms, rotations, gated activations: proofs without a GPU, tests for one."""
+
+import re
+from importlib.util import find_spec
+
+import gpu_proof
+import pytest
+import test_layers
+import torch
+from families import FAMILIES
+from test_layers import DTYPES, draw
+
+from fastrl import selftest
+from fastrl.kernels import glu, native, rmsnorm, rope
+from fastrl.kernels.layers.library import ACTIVATIONS
+
+# Columns: odd ones, a whole tile; rows that fill no tile and that fill several. A single column's
+# gradient is what cancellation leaves of it.
+SIZES = [(1, 2), (3, 7), (5, 16), (130, 33), (9, 2, 64), (3, 1025)]
+HEADS = [(1, 1, 2), (3, 2, 6), (70, 3, 32), (9, 4, 80), (5, 1, 256)]
+LARGE = [(2049, 896), (333, 4096), (70, 16384)]
+LARGE_HEADS = [(1030, 14, 64), (517, 8, 128)]
+
+
+def check_numbers(dtype, device="cpu", sizes=SIZES, heads=HEADS):
+    for size in sizes:
+        test_layers.check_rmsnorm(size, dtype, "triton", device)
+        for activation in ACTIVATIONS:
+            test_layers.check_glu(size, activation, dtype, "triton", device)
+    for size in heads:
+        test_layers.check_rope(size, dtype, "triton", device)
+
+
+def check_wide_rows(device="cpu"):
+    """Rows that no tile holds."""
+    test_layers.check_rmsnorm((2, 16400), torch.float32, "triton", device)
+    test_layers.check_rmsnorm((17, 8200), torch.bfloat16, "triton", device)
+    x = torch.zeros(1, 1, 8194, device=device)
+    with pytest.raises(ValueError, match="D of at most 8192 for impl='triton', got 8194"):
+        rope(x, x[0, :, ::2], x[0, :, ::2], impl="triton")
+
+
+def results(x, residual, weight, angles, upstream):
+    """Of all ops what belongs to a row, and the gradients of weights."""
+    cos, sin = angles.cos(), angles.sin()
+    options = {"weight_offset": 0.5, "impl": "triton"}
+    calls = [
+        (lambda x, r, w: rmsnorm(x, w, residual=r, **options), x, residual, weight),
+        (lambda x, w: rmsnorm(x, w, **options)[0], x, weight),
+        (lambda x, w: rope(x, cos, sin, norm_weight=w, **options), x, weight),
+        (lambda x: rope(x, cos, sin, impl="triton"), x),
+        (lambda g, u: glu(g, u, impl="triton"), x, residual),
+        (lambda g, u: glu(g, u, activation="gelu_tanh", impl="triton"), x, residual),
+    ]
+    found = []
+    for function, *leaves in calls:
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = torch.autograd.grad(outputs, leaves, [upstream] * len(outputs))
+        found += [t.detach() for t in (*outputs, *gradients)]
+    return [t for t in found if t.dim() > 1], [t for t in found if t.dim() == 1]
+
+
+def same(got, want):
+    return len(got) == len(want) and all(map(torch.equal, got, want))
+
+
+def check_bits(size=(41, 3, 32), dtype=torch.bfloat16, device="cpu"):
+    """A row's are its own in any batch, beside a broken one, and wherever tensors lie."""
+    x, residual, upstream = (draw(*size, dtype=dtype, seed=i).to(device) for i in range(3))
+    weight = draw(size[-1], dtype=dtype, seed=3).to(device)
+    angles = draw(size[0], size[-1] // 2, seed=4).to(device)
+    rows, weights = results(x, residual, weight, angles, upstream)
+    for part in (slice(7, 8), slice(5, 22)):
+        of_rows = (t[part] for t in (angles, upstream))
+        alone, _ = results(x[part], residual[part], weight, *of_rows)
+        assert same(alone, [t[part] for t in rows])
+
+    strided = (t.transpose(0, 2).contiguous().transpose(0, 2) for t in (x, residual))
+    assert same(sum(results(*strided, weight, angles, upstream), []), rows + weights)
+    moved = (torch.cat([t.flatten()[:1], t.flatten()])[1:].view(size) for t in (x, residual))
+    assert same(sum(results(*moved, weight, angles, upstream), []), rows + weights)
+
+    rest = torch.arange(size[0], device=device) != 9
+    broken = x.clone()
+    broken[9] = float("nan")
+    got, _ = results(broken, residual, weight, angles, upstream)
+    assert same([t[rest] for t in got], [t[rest] for t in rows])
+    assert got[0][9].isnan().all()
+
+
+def check_rules(device="cpu"):
+    """Far-out values, poisoned outputs, emptiness, other dtypes of weights."""
+    for activation in ACTIVATIONS:
+        test_layers.check_activations_far_out(activation, "triton", device)
+    for op in ("rmsnorm", "rope", "glu"):
+        found = selftest.check(op, "triton", torch.device(device))
+        assert found.verdict == "right", found.wrong
+    one = torch.full((3, 1), 4.0, device=device)
+    y, _ = rmsnorm(one, torch.full((1,), 2.5, device=device), eps=9.0, impl="triton")
+    assert torch.equal(y, torch.full_like(one, 2.0))
+    weight = torch.ones(8, device=device, requires_grad=True)
+    x = torch.zeros(0, 3, 8, device=device)
+    cos = torch.zeros(0, 4, device=device)
+    for y in (
+        rmsnorm(x, weight, impl="triton")[0],
+        rope(x, cos, cos, norm_weight=weight, impl="triton"),
+    ):
+        assert y.shape == (0, 3, 8)
+        assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros_like(weight))
+    assert glu(x, x, impl="triton").shape == (0, 3, 8)
+    # Rows of zeros have no norm without eps; those that fill up a tile must not be seen.
+    x = torch.ones(3, 1, 8, device=device, requires_grad=True)
+    cos = torch.ones(3, 4, device=device)
+    y = rope(x, cos, 0 * cos, norm_weight=weight, eps=0.0, impl="triton")
+    assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.full_like(weight, 3.0))
+    wide = draw(5, 8, dtype=torch.bfloat16).to(device)
+    y, _ = rmsnorm(wide, weight, impl="triton")  # a weight in float32
+    assert y.dtype == torch.bfloat16
+    assert torch.autograd.grad(y.sum(), weight)[0].dtype == torch.float32
+
+
+def check_torch(device="cpu", backend="aot_eager"):
+    x, r = (draw(5, 2, 8, seed=i).to(device).requires_grad_() for i in (0, 1))
+    weight = draw(8, seed=2).to(device).requires_grad_()
+    cos, sin = draw(5, 4).to(device).cos(), draw(5, 4).to(device).sin()
+    ops = torch.ops.fastrl
+    torch.library.opcheck(ops.rmsnorm, (x, weight, r.detach(), 1e-6, 0.0, "triton"))
+    torch.library.opcheck(ops.rope, (x, cos, sin, weight, 1e-6, 0.0, "triton"))
+    torch.library.opcheck(ops.glu, (x, r, "silu", "triton"))
+
+    def everything(x, r, weight):
+        y, h = rmsnorm(x, weight, residual=r, impl="triton")
+        return glu(rope(y, cos, sin, norm_weight=weight, impl="triton"), h, impl="triton")
+
+    compiled = torch.compile(everything, fullgraph=True, backend=backend)
+    gradients = [
+        torch.autograd.grad((f(x, r, weight) ** 2).sum(), (x, r, weight))
+        for f in (everything, compiled)
+    ]
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def check_interpreted(names):
+    """Run in a process with TRITON_INTERPRET=1."""
+    torch.set_num_threads(1)
+    gpu_proof.round_bf16_when_interpreted()
+    for name in names.split():
+        function, _, dtype = name.partition(":")
+        globals()[f"check_{function}"](*([getattr(torch, dtype)] if dtype else []))
+
+
+def check_by_hand():
+    test_layers.test_rmsnorm_by_hand("triton")
+    test_layers.test_rope_by_hand("triton")
+    test_layers.test_glu_by_hand("triton")
+    test_layers.test_only_wanted_gradients("triton")
+
+
+def check_layers():
+    """A model's layers, with the attention between them in Triton as well."""
+    native.FAST["cpu"] = ("triton",)
+    test_layers.check_family("qwen3", torch.float32, num_hidden_layers=1)
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "names",
+    [
+        "by_hand numbers:float32 rules bits torch",
+        "numbers:bfloat16 numbers:float16 wide_rows layers",
+    ],
+)
+def test_triton_interpreted(names):
+    code = f"from test_layers_gpu import *; check_interpreted({names!r})"
+    gpu_proof.run_python(code, TRITON_INTERPRET="1")
+
+
+# ---- compiled for GPUs that are not here ---------------------------------------------------------
+
+TYPES = {
+    **{"rows": "i32", "each": "i32", "count": "i32", "eps": "fp32", "offset": "fp32"},
+    **dict.fromkeys(("inverse", "partials", "cos", "sin"), "*fp32"),
+}
+
+
+def cost_of(kernel, capability, constants, dtype="bf16"):
+    constants = dict(constants)
+    warps = constants.pop("num_warps")
+    arguments = [n for n in kernel.arg_names if n not in constants]
+    signature = {n: TYPES.get(n, f"*{dtype}") for n in arguments}
+    aligned = [n for n in arguments if signature[n][0] == "*" or n == "count"]
+    cost = gpu_proof.compile_triton(
+        kernel, signature, constants, capability=capability, num_warps=warps, aligned=aligned
+    )
+    print(kernel.__name__, capability, dtype, constants, warps, cost.registers, cost.shared)
+    return cost
+
+
+def bytes_moved(ptx, way):
+    """What one thread's instructions load ("ld") or store ("st"), loops counted once."""
+    found = re.findall(rf"{way}\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return sum(int(n or 1) * int(bits) // 8 for n, bits in found)
+
+
+def row_cost(capability, width, dtype="bf16", **without):
+    """The costs of a norm's kernels, forward and backward."""
+    from fastrl.kernels.layers import triton_kernels, triton_launch
+
+    kernels = {
+        "forward": triton_kernels._rmsnorm_kernel,
+        "backward": triton_kernels._rmsnorm_bwd_kernel,
+    }
+    return [
+        cost_of(
+            kernel,
+            capability,
+            triton_launch.row_settings(which, width)
+            | {n: None for n in without if n in kernel.arg_names},
+            dtype,
+        )
+        for which, kernel in kernels.items()
+    ]
+
+
+def head_cost(capability, width, dtype="bf16", **without):
+    from fastrl.kernels.layers import triton_kernels, triton_launch
+
+    settings = triton_launch.head_settings(14, width)
+    return [
+        cost_of(
+            kernel, capability, settings | {n: None for n in without if n in kernel.arg_names}, dtype
+        )
+        for kernel in (triton_kernels._rope_kernel, triton_kernels._rope_bwd_kernel)
+    ]
