@@ -104,7 +104,13 @@ class Layers(Race):
         angles = torch.rand(shape["T"], shape["H"] // 2, generator=g)
         leaves = [t.to(device).requires_grad_() for t in (x, other)]
         weight = torch.nn.Parameter(weight.to(device))
-        return shape["layer"], leaves, weight, angles.to(device), [first.to(device), second.to(device)]
+        return (
+            shape["layer"],
+            leaves,
+            weight,
+            angles.to(device),
+            [first.to(device), second.to(device)],
+        )
 
     def call(self, variant, inputs, mode):
         return partial(self.results, variant.function, inputs)

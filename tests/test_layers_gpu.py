@@ -33,7 +33,7 @@ def check_numbers(dtype, device="cpu", sizes=SIZES, heads=HEADS):
 
 def check_wide_rows(device="cpu"):
     """Rows that no tile holds."""
-    test_layers.check_rmsnorm((2, 16400), torch.float32, "triton", device)
+    test_layers.check_rmsnorm((2, 8200), torch.float32, "triton", device)
     test_layers.check_rmsnorm((17, 8200), torch.bfloat16, "triton", device)
     x = torch.zeros(1, 1, 8194, device=device)
     with pytest.raises(ValueError, match="D of at most 8192 for impl='triton', got 8194"):
@@ -41,7 +41,7 @@ def check_wide_rows(device="cpu"):
 
 
 def results(x, residual, weight, angles, upstream):
-    """Of all ops what belongs to a row, and the gradients of weights."""
+    """Outputs and gradients of all ops; those of weights have one dimension, the others rows."""
     cos, sin = angles.cos(), angles.sin()
     options = {"weight_offset": 0.5, "impl": "triton"}
     calls = [
@@ -59,7 +59,11 @@ def results(x, residual, weight, angles, upstream):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         gradients = torch.autograd.grad(outputs, leaves, [upstream] * len(outputs))
         found += [t.detach() for t in (*outputs, *gradients)]
-    return [t for t in found if t.dim() > 1], [t for t in found if t.dim() == 1]
+    return found
+
+
+def rows_of(found):
+    return [t for t in found if t.dim() > 1]
 
 
 def same(got, want):
@@ -71,21 +75,22 @@ def check_bits(size=(41, 3, 32), dtype=torch.bfloat16, device="cpu"):
     x, residual, upstream = (draw(*size, dtype=dtype, seed=i).to(device) for i in range(3))
     weight = draw(size[-1], dtype=dtype, seed=3).to(device)
     angles = draw(size[0], size[-1] // 2, seed=4).to(device)
-    rows, weights = results(x, residual, weight, angles, upstream)
+    want = results(x, residual, weight, angles, upstream)
+    rows = rows_of(want)
     for part in (slice(7, 8), slice(5, 22)):
         of_rows = (t[part] for t in (angles, upstream))
-        alone, _ = results(x[part], residual[part], weight, *of_rows)
-        assert same(alone, [t[part] for t in rows])
+        alone = results(x[part], residual[part], weight, *of_rows)
+        assert same(rows_of(alone), [t[part] for t in rows])
 
     strided = (t.transpose(0, 2).contiguous().transpose(0, 2) for t in (x, residual))
-    assert same(sum(results(*strided, weight, angles, upstream), []), rows + weights)
+    assert same(results(*strided, weight, angles, upstream), want)
     moved = (torch.cat([t.flatten()[:1], t.flatten()])[1:].view(size) for t in (x, residual))
-    assert same(sum(results(*moved, weight, angles, upstream), []), rows + weights)
+    assert same(results(*moved, weight, angles, upstream), want)
 
     rest = torch.arange(size[0], device=device) != 9
     broken = x.clone()
     broken[9] = float("nan")
-    got, _ = results(broken, residual, weight, angles, upstream)
+    got = rows_of(results(broken, residual, weight, angles, upstream))
     assert same([t[rest] for t in got], [t[rest] for t in rows])
     assert got[0][9].isnan().all()
 
@@ -152,6 +157,10 @@ def check_interpreted(names):
         globals()[f"check_{function}"](*([getattr(torch, dtype)] if dtype else []))
 
 
+def check_few_numbers():
+    check_numbers(torch.float16, sizes=SIZES[:3], heads=HEADS[:2])
+
+
 def check_by_hand():
     test_layers.test_rmsnorm_by_hand("triton")
     test_layers.test_rope_by_hand("triton")
@@ -173,7 +182,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
     "names",
     [
         "by_hand numbers:float32 rules bits torch",
-        "numbers:bfloat16 numbers:float16 wide_rows layers",
+        "numbers:bfloat16 few_numbers wide_rows layers",
     ],
 )
 def test_triton_interpreted(names):
@@ -187,14 +196,16 @@ TYPES = {
     **{"rows": "i32", "each": "i32", "count": "i32", "eps": "fp32", "offset": "fp32"},
     **dict.fromkeys(("inverse", "partials", "cos", "sin"), "*fp32"),
 }
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def cost_of(kernel, capability, constants, dtype="bf16"):
-    constants = dict(constants)
+def cost_of(kernel, capability, dtype, settings, absent=()):
+    """What a kernel costs with these settings; pointers that are `absent` are None."""
+    constants = settings | {n: None for n in absent if n in kernel.arg_names}
     warps = constants.pop("num_warps")
     arguments = [n for n in kernel.arg_names if n not in constants]
-    signature = {n: TYPES.get(n, f"*{dtype}") for n in arguments}
-    aligned = [n for n in arguments if signature[n][0] == "*" or n == "count"]
+    signature = {n: TYPES.get(n, f"*{NAMES[dtype]}") for n in arguments}
+    aligned = tuple(n for n in arguments if signature[n][0] == "*" or n == "count")
     cost = gpu_proof.compile_triton(
         kernel, signature, constants, capability=capability, num_warps=warps, aligned=aligned
     )
@@ -202,39 +213,153 @@ def cost_of(kernel, capability, constants, dtype="bf16"):
     return cost
 
 
-def bytes_moved(ptx, way):
-    """What one thread's instructions load ("ld") or store ("st"), loops counted once."""
-    found = re.findall(rf"{way}\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
-    return sum(int(n or 1) * int(bits) // 8 for n, bits in found)
+def loaded(ptx):
+    """Bytes that a thread's instructions load, loops counted once; and what it loads ahead."""
+    found = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return sum(int(n or 1) * int(bits) // 8 for n, bits in found), len(
+        re.findall(r"cp\.async\.c[ag]", ptx)
+    )
 
 
-def row_cost(capability, width, dtype="bf16", **without):
-    """The costs of a norm's kernels, forward and backward."""
+def check_rows_cost(capability, width, dtype=torch.bfloat16, absent=()):
     from fastrl.kernels.layers import triton_kernels, triton_launch
 
-    kernels = {
-        "forward": triton_kernels._rmsnorm_kernel,
-        "backward": triton_kernels._rmsnorm_bwd_kernel,
-    }
-    return [
-        cost_of(
-            kernel,
-            capability,
-            triton_launch.row_settings(which, width)
-            | {n: None for n in without if n in kernel.arg_names},
-            dtype,
-        )
-        for which, kernel in kernels.items()
-    ]
+    for which, kernel in (
+        ("forward", triton_kernels._rmsnorm_kernel),
+        ("backward", triton_kernels._rmsnorm_bwd_kernel),
+    ):
+        settings = triton_launch.row_settings(which, width, dtype)
+        cost = cost_of(kernel, capability, dtype, settings, absent)
+        cost.check(registers=80, shared=99 * 1024)
+        if width == 4096 and dtype == torch.bfloat16 and not absent:
+            # 16 bytes of each tensor, once: the forward's two and the weight; the backward's three
+            # and an inverse norm for this row and the next, which are under way, and the weight.
+            assert loaded(cost.ptx) == ((48, 0) if which == "forward" else (16, 8))
 
 
-def head_cost(capability, width, dtype="bf16", **without):
+def check_heads_cost(capability, width, dtype=torch.bfloat16, absent=()):
     from fastrl.kernels.layers import triton_kernels, triton_launch
 
     settings = triton_launch.head_settings(14, width)
-    return [
-        cost_of(
-            kernel, capability, settings | {n: None for n in without if n in kernel.arg_names}, dtype
-        )
-        for kernel in (triton_kernels._rope_kernel, triton_kernels._rope_bwd_kernel)
-    ]
+    for kernel in (triton_kernels._rope_kernel, triton_kernels._rope_bwd_kernel):
+        cost = cost_of(kernel, capability, dtype, settings, absent)
+        cost.check(registers=80, shared=99 * 1024)
+        if width == 64 and dtype == torch.bfloat16 and not absent:
+            # 8 elements of x, angles of 4 pairs, two halves of the weight; and of the gradient.
+            assert loaded(cost.ptx) == (64 if kernel is triton_kernels._rope_kernel else 80, 0)
+
+
+def check_elements_cost(capability, dtype=torch.bfloat16):
+    from fastrl.kernels.layers import triton_kernels, triton_launch
+
+    settings = {"BLOCK": triton_launch.BLOCK, "num_warps": triton_launch.BLOCK_WARPS}
+    for gelu in (False, True):
+        for kernel, inputs in (
+            (triton_kernels._glu_kernel, 2),
+            (triton_kernels._glu_bwd_kernel, 3),
+        ):
+            cost = cost_of(kernel, capability, dtype, {"GELU": gelu, **settings})
+            cost.check(registers=64)
+            assert loaded(cost.ptx) == (inputs * 8 * dtype.itemsize, 0)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles_without_spills(capability):
+    check_rows_cost(capability, 896)
+    check_rows_cost(capability, 4096)
+    check_heads_cost(capability, 64)
+    check_elements_cost(capability)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_compiles_for_every_size(capability, dtype):
+    for width in (64, 333, 2560, 8192, 16384):
+        check_rows_cost(capability, width, dtype)
+        check_rows_cost(capability, width, dtype, ("residual", "grad_h", "partials"))
+    for width in (20, 32, 80, 128, 256):
+        check_heads_cost(capability, width, dtype)
+        check_heads_cost(capability, width, dtype, ("partials",))
+        check_heads_cost(capability, width, dtype, ("partials", "weight"))
+    check_elements_cost(capability, dtype)
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu():
+    if (reason := native.unavailable("triton", torch.device("cuda"))) is not None:
+        pytest.skip(reason)
+    return "cuda"
+
+
+@gpu_proof.needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_against_float64(gpu, dtype):
+    check_numbers(dtype, gpu, SIZES + LARGE, HEADS + LARGE_HEADS)
+
+
+@gpu_proof.needs_gpu
+def test_gpu_rules(gpu):
+    check_wide_rows(gpu)
+    check_rules(gpu)
+    check_torch(gpu, backend="inductor")
+
+
+@gpu_proof.needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_bits(gpu, dtype):
+    for size in ((1500, 3, 32), (700, 14, 64), (41, 2, 333 * 2), (65, 1, 4096)):
+        check_bits(size, dtype, gpu)
+
+
+@gpu_proof.needs_gpu
+def test_gpu_repeats_bit_for_bit_and_under_a_cuda_graph(gpu):
+    x, residual, upstream = (
+        draw(3000, 14, 64, dtype=torch.bfloat16, seed=i).cuda() for i in (0, 1, 2)
+    )
+    weight, angles = draw(64, seed=3).cuda(), draw(3000, 32, seed=4).cuda()
+    want = results(x, residual, weight, angles, upstream)
+    for _ in range(3):
+        assert same(results(x, residual, weight, angles, upstream), want)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = results(x, residual, weight, angles, upstream)
+    for tensor in got:
+        tensor.zero_()
+    graph.replay()
+    assert same(got, want)
+
+
+@gpu_proof.needs_gpu
+def test_gpu_more_elements_than_int32_counts(gpu):
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GB of a GPU's memory")
+    rows = 2**20 + 3
+    x = torch.zeros(rows, 1, 2048, dtype=torch.bfloat16, device=gpu)
+    x[-5:] = draw(5, 1, 2048).to(x)
+    angles = torch.ones(rows, 1024, device=gpu)
+    weight = torch.ones(2048, device=gpu)
+
+    def last(rows):
+        at = slice(-rows, None)
+        part, cos = x[at], angles[at]
+        yield rmsnorm(part, weight, impl="triton")[0][-5:]
+        yield rope(part, cos, cos, norm_weight=weight, impl="triton")[-5:]
+        yield glu(part, part, impl="triton")[-5:]
+
+    for whole, alone in zip(last(rows), last(5), strict=True):
+        assert torch.equal(whole, alone)
+
+
+@gpu_proof.needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_layers_of_each_family(gpu, family, dtype):
+    """Which begins with `runs_through_ops`."""
+    test_layers.check_family(family, dtype, gpu)

@@ -100,24 +100,32 @@ def _rmsnorm_bwd_kernel(
     K: tl.constexpr,
     R: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,  # rows that are loaded while one is computed, and that one
 ):
     # y = n w with n = x inverse, where inverse depends on x, has the gradient
     #   inverse (g w - n mean(g w n)),   and that of w is the sum of g n over rows.
     program = tl.program_id(0).to(tl.int64)
+    end = tl.minimum((program + 1) * each, rows)
     sums = tl.zeros((R, COLUMNS), tl.float32)
-    for row in range(program * each, tl.minimum((program + 1) * each, rows), R):
+    if K <= COLUMNS:
+        w = _scale(weight, tl.arange(0, COLUMNS), offset, K)
+    for row in tl.range(program * each, end, R, num_stages=STAGES):
         m = row + tl.arange(0, R)
         norm = tl.load(inverse + m, mask=m < rows, other=0.0)[:, None]
         along = tl.zeros((R, COLUMNS), tl.float32)
         for first in range(0, K, COLUMNS):
             at, inside, k = _place(m, rows, first, K, COLUMNS)
             g, n = _read(grad_y, at, inside), _read(h, at, inside) * norm
-            along += g * _scale(weight, k, offset, K) * n
+            if K > COLUMNS:
+                w = _scale(weight, k, offset, K)
+            along += g * w * n
         pull = tl.sum(along, 1)[:, None] * (1.0 / K)
         for first in range(0, K, COLUMNS):
             at, inside, k = _place(m, rows, first, K, COLUMNS)
             g, n = _read(grad_y, at, inside), _read(h, at, inside) * norm
-            back = norm * (g * _scale(weight, k, offset, K) - n * pull)
+            if K > COLUMNS:
+                w = _scale(weight, k, offset, K)
+            back = norm * (g * w - n * pull)
             if grad_h is not None:
                 back += _read(grad_h, at, inside)
             tl.store(grad + at, back.to(grad.dtype.element_ty), mask=inside)
@@ -126,10 +134,9 @@ def _rmsnorm_bwd_kernel(
                     sums += g * n
                 else:
                     tl.store(partials + program * K + k, tl.sum(g * n, 0), mask=k < K)
-    if partials is not None:
-        if K <= COLUMNS:
-            k = tl.arange(0, COLUMNS)
-            tl.store(partials + program * K + k, tl.sum(sums, 0), mask=k < K)
+    if partials is not None and K <= COLUMNS:
+        k = tl.arange(0, COLUMNS)
+        tl.store(partials + program * K + k, tl.sum(sums, 0), mask=k < K)
 
 
 # ---- rotations -----------------------------------------------------------------------------------
@@ -209,6 +216,8 @@ def _rope_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     sum_one = tl.zeros((R, HALF), tl.float32)
     sum_two = tl.zeros((R, HALF), tl.float32)
+    if weight is not None:
+        left, right = _scale_halves(weight, offset, D, HALF)
     for row in range(program * each, tl.minimum((program + 1) * each, rows), R):
         m = row + tl.arange(0, R)
         at, angle, inside = _heads(m, rows, HEADS, D, HALF)
@@ -223,7 +232,6 @@ def _rope_bwd_kernel(
             if partials is not None:
                 sum_one += one * n_one
                 sum_two += two * n_two
-            left, right = _scale_halves(weight, offset, D, HALF)
             one, two = one * left, two * right
             pull = tl.sum(one * n_one + two * n_two, 1)[:, None] * (1.0 / D)
             one, two = norm * (one - n_one * pull), norm * (two - n_two * pull)

@@ -25,23 +25,24 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Nothing here is measured: a thread has 16 elements of a tile, 32 of the widest, so that it waits
-# for several loads at once and nothing spills.
-ELEMENTS = 2048  # of a tile, at least
-WIDEST = {"forward": 16384, "backward": 8192}  # rows that a tile holds whole
-WIDER = {"forward": Tile(1, 8192, 16), "backward": Tile(16, 256, 4)}
-WARPS = 4096  # of all programs of a backward that sums over rows: as many as a large GPU holds
+# Chosen by registers and shared memory, not measured. A thread has 8 elements of a tile, which is
+# one load of 16 bytes in bf16.
+ELEMENTS = 1024  # of a tile, at least
+WIDEST = 8192  # of the rows that a tile holds whole; the others are walked in pieces, twice
+WIDER = {"forward": Tile(1, 4096, 16), "backward": Tile(16, 128, 8)}
+AHEAD = 16384  # bytes of a tile up to which the next one is loaded while this one is computed
+WARPS = 8192  # of all programs of a backward that sums over rows: two rounds of a large GPU
 LEAST_ROWS = 8  # of such a program, so that partial sums stay few beside the rows
 BLOCK, BLOCK_WARPS = 1024, 4  # of a gated activation
 
 
 def tile(kernel: str, width: int) -> Tile:
     """Of "forward" or "backward"; depends on nothing else, so that bits do not either."""
-    if width > WIDEST[kernel]:
+    if width > WIDEST:
         return WIDER[kernel]
     columns = triton.next_power_of_2(width)
     rows = max(1, ELEMENTS // columns)
-    return Tile(rows, columns, min(max(rows * columns // 512, 4), 16))
+    return Tile(rows, columns, min(rows * columns // 256, 32))
 
 
 def rows_of_program(rows: int, width: int, wants_weight: bool) -> int:
@@ -53,17 +54,21 @@ def rows_of_program(rows: int, width: int, wants_weight: bool) -> int:
     return at_once * triton.cdiv(each, at_once)
 
 
-def row_settings(kernel: str, width: int) -> dict[str, int]:
+def row_settings(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     """The constants of a norm's kernel."""
     rows, columns, warps = tile(kernel, width)
-    return {"K": width, "R": rows, "COLUMNS": columns, "num_warps": warps}
+    settings = {"K": width, "R": rows, "COLUMNS": columns, "num_warps": warps}
+    if kernel == "backward":
+        ahead = width <= columns and rows * columns * dtype.itemsize <= AHEAD
+        settings["STAGES"] = 2 if ahead else 1
+    return settings
 
 
 def head_settings(heads: int, width: int) -> dict[str, int]:
     """The constants of a rotation's kernel; ValueError for heads that no tile holds."""
-    if width > WIDEST["backward"]:
+    if width > WIDEST:
         raise ValueError(
-            f"rope: x must have a head size D of at most {WIDEST['backward']} for impl='triton', "
+            f"rope: x must have a head size D of at most {WIDEST} for impl='triton', "
             f"got {width}; impl='reference' takes any"
         )
     rows, columns, warps = tile("backward", width)
@@ -87,7 +92,7 @@ def rmsnorm(x, weight, residual, eps, weight_offset) -> tuple[Tensor, Tensor, Te
     x, weight, residual = map(_rows, (x, weight, residual))
     y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     h = x.new_empty(0 if residual is None else x.shape)
-    rows, settings = inverse.numel(), row_settings("forward", x.shape[-1])
+    rows, settings = inverse.numel(), row_settings("forward", x.shape[-1], x.dtype)
     if rows:
         with _on(x):
             _rmsnorm_kernel[(triton.cdiv(rows, settings["R"]),)](
@@ -116,7 +121,7 @@ def rmsnorm_bwd(h, weight, inverse, grad_y, grad_h, weight_offset, wants_weight)
             _rmsnorm_bwd_kernel[(programs,)](
                 *(h, weight, inverse.contiguous(), grad_y, grad_h, grad, partials),
                 *(rows, each, weight_offset),
-                **row_settings("backward", width),
+                **row_settings("backward", width, h.dtype),
             )
     return grad, weight.new_empty(0) if partials is None else partials.sum(0).to(weight.dtype)
 
