@@ -31,13 +31,23 @@ def check_numbers(dtype, device="cpu", sizes=SIZES, heads=HEADS):
         test_layers.check_rope(size, dtype, "triton", device)
 
 
-def check_wide_rows(device="cpu"):
+def check_wide_rows(device="cpu", shapes=((3, 8200), (37, 8200))):
     """Rows that no tile holds."""
-    test_layers.check_rmsnorm((2, 8200), torch.float32, "triton", device)
-    test_layers.check_rmsnorm((17, 8200), torch.bfloat16, "triton", device)
+    for shape, dtype in zip(shapes, (torch.float32, torch.bfloat16), strict=True):
+        test_layers.check_rmsnorm(shape, dtype, "triton", device)
     x = torch.zeros(1, 1, 8194, device=device)
-    with pytest.raises(ValueError, match="D of at most 8192 for impl='triton', got 8194"):
+    with pytest.raises(ValueError, match="x must have a head size D of at most"):
         rope(x, x[0, :, ::2], x[0, :, ::2], impl="triton")
+
+
+def check_narrow_tiles():
+    """The same with tiles that are soon too narrow."""
+    from fastrl.kernels.layers import triton_launch
+
+    triton_launch.WIDEST = 32
+    tile = triton_launch.Tile
+    triton_launch.WIDER = {"forward": tile(1, 16, 1), "backward": tile(4, 8, 1)}
+    check_wide_rows(shapes=((3, 50), (9, 70)))
 
 
 def results(x, residual, weight, angles, upstream):
@@ -171,7 +181,8 @@ def check_by_hand():
 def check_layers():
     """A model's layers, with the attention between them in Triton as well."""
     native.FAST["cpu"] = ("triton",)
-    test_layers.check_family("qwen3", torch.float32, num_hidden_layers=1)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    test_layers.check_family("qwen3", torch.float32, **sizes)
 
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -182,7 +193,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
     "names",
     [
         "by_hand numbers:float32 rules bits torch",
-        "numbers:bfloat16 few_numbers wide_rows layers",
+        "numbers:bfloat16 few_numbers layers narrow_tiles",
     ],
 )
 def test_triton_interpreted(names):
