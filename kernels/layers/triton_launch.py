@@ -81,7 +81,7 @@ def _on(tensor: Tensor):
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """Contiguous, and where Triton finds it aligned: the order of sums depends on that too."""
+    """Contiguous from a multiple of 16 bytes on: how Triton loads decides the order of sums."""
     if x is None:
         return None
     x = x.contiguous()
