@@ -42,6 +42,16 @@ def modules(op, x, other, weight, angles):
     return (F.silu(x) * other,)
 
 
+def liger(op, x, other, weight, angles):
+    from liger_kernel.ops import LigerFusedAddRMSNormFunction
+
+    if op == "rope":
+        raise NotImplementedError("Liger's rotation has no norm of heads")
+    if op == "glu":
+        raise NotImplementedError("Liger's backward overwrites gate and up")
+    return LigerFusedAddRMSNormFunction.apply(x, other, weight, EPS)
+
+
 class Layers(Race):
     op = "layers"
     about = "norms, rotations, gated activations"
@@ -69,9 +79,16 @@ class Layers(Race):
         ],
     }
 
+    cuda = [
+        {"layer": "rmsnorm", "T": 8192, "H": 4096, "dtype": "bfloat16"},
+        {"layer": "rope", "T": 8192, "heads": 32, "H": 128, "dtype": "bfloat16"},
+        {"layer": "glu", "T": 8192, "H": 8192, "dtype": "bfloat16"},
+    ]
+
     def variants(self, device):
         return {
             "fastrl": Variant(ours),
+            **({"Liger": Variant(liger, "liger")} if device.type == "cuda" else {}),
             "transformers": Variant(modules, "eager"),
             "reference": Variant(partial(ours, impl="reference"), "eager"),
             "torch.compile": Variant(torch.compile(modules), "compile", compiled=True),
@@ -87,7 +104,13 @@ class Layers(Race):
         angles = torch.rand(shape["T"], shape["H"] // 2, generator=g)
         leaves = [t.to(device).requires_grad_() for t in (x, other)]
         weight = torch.nn.Parameter(weight.to(device))
-        return shape["layer"], leaves, weight, angles.to(device), (first.to(device), second)
+        return (
+            shape["layer"],
+            leaves,
+            weight,
+            angles.to(device),
+            [first.to(device), second.to(device)],
+        )
 
     def call(self, variant, inputs, mode):
         return partial(self.results, variant.function, inputs)

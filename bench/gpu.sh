@@ -30,6 +30,8 @@ step test 240 "$python" -m pytest -m gpu -q $workers
 # Without torch.compile, which compiles anew in every shape's process.
 step bench 200 "$python" -m fastrl.bench logprob scan attention quant --device cuda \
   --against eager,torch,liger,cce,trl,torchao,bitsandbytes --json "$out/bench_gpu.json" --plot "$out/bench_gpu.png"
+step bench_layers 60 "$python" -m fastrl.bench layers --device cuda --against eager,liger \
+  --json "$out/bench_layers_gpu.json"
 step bench_attention 90 "$python" -m fastrl.bench.bench_attention_gpu \
   --json "$out/bench_attention_gpu.json"
 step table_logprob 90 "$python" -m fastrl.bench.bench_logprob_gpu --table --rounds 3 \

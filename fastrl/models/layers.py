@@ -78,7 +78,7 @@ def _parts(layer: Any) -> list[nn.Module]:
 
 
 def _untouched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    hooks: tuple[dict, ...] = (module._forward_hooks, module._forward_pre_hooks)
     hooks += (module._backward_hooks, module._backward_pre_hooks)
     replaced = "forward" in vars(module) or not type(module).__module__.startswith("transformers.")
     own = module.parameters(recurse=False)

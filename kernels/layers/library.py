@@ -10,7 +10,7 @@ import torch
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MODULES = {"cpu": "cpu"}  # of each implementation
+MODULES = {"cpu": "cpu", "triton": "triton_launch"}  # of each implementation
 
 _SCHEMAS = {
     # y, h (empty without a residual), 1 / sqrt(mean h^2 + eps)

@@ -7,7 +7,7 @@ from fastrl.kernels.layers import reference
 from fastrl.kernels.layers.library import ACTIVATIONS, FLOATS
 from fastrl.kernels.native import choose
 
-HAS = ("cpu",)
+HAS = ("cpu", "triton")
 
 
 def rmsnorm(
