@@ -31,11 +31,12 @@ def memory(race: Race, variant: Variant, shape: Shape, inputs: Any, device: torc
     as it would in a trainer.
     """
     warm_up = inputs if variant.compiled else race.draw(race.small(shape), device)
-    for mode in race.modes:
+    modes = [mode for mode in race.modes if mode not in variant.without]
+    for mode in modes:
         race.call(variant, race.before(variant, warm_up, mode), mode)()
     del warm_up
     found = {}
-    for mode in race.modes:
+    for mode in modes:
         call = race.call(variant, race.before(variant, inputs, mode), mode)
         extra, result = measure.extra_memory(call, device)
         found[mode] = max(0.0, (extra - _bytes(result)) / 2**20)
@@ -53,7 +54,7 @@ def _bytes(result: Any) -> int:
 
 
 def race_at(task: dict, emit: Emit) -> None:
-    """Events: for each variant "started", then its errors or why it failed; at the end the times.
+    """Events: for each variant "started", then its errors or why it failed; then times and figures.
 
     "started" comes before every call, so that the parent knows whose call does not end.
     """
@@ -77,9 +78,12 @@ def race_at(task: dict, emit: Emit) -> None:
             event["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         emit(**event)
     share = task["seconds"] / len(race.modes) / max(1, len(ready))
+    best: dict[str, dict[str, float]] = {name: {} for name in ready}
     for mode in race.modes:
         calls, rounds, once = {}, {}, {}
         for name, variant in ready.items():
+            if mode in variant.without:
+                continue
             calls[name] = partial(_once, race, variant, inputs, mode, device, emit, name)
             each = calls[name]()  # what it loads or compiles does not count
             if each < share or variant.compiled:
@@ -88,7 +92,12 @@ def race_at(task: dict, emit: Emit) -> None:
                 rounds[name] = max(LEAST_ROUNDS, min(task["rounds"], int(share / each)))
             else:  # beside the seconds that a call takes, what it loads is little
                 rounds[name], once[name] = 0, measure.statistics_of([each])
-        emit(mode=mode, times=once | measure.take_turns(calls, rounds, task["pause"]))
+        times = once | measure.take_turns(calls, rounds, task["pause"])
+        for name, of in times.items():
+            best[name][mode] = of["best"]
+        emit(mode=mode, times=times)
+    for name, variant in ready.items():
+        emit(figures=race.figures(variant, inputs, shape, best[name]), of=name)
 
 
 def _once(race, variant, inputs, mode, device, emit, name) -> float:

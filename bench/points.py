@@ -171,6 +171,8 @@ def run_point(
                 elif "times" in event:
                     for name, times in event["times"].items():
                         found[name][event["mode"]] = times
+                elif event.get("figures"):
+                    found[event["of"]]["figures"] = event["figures"]
             break
         except Stopped as why:
             if started is None:
@@ -215,6 +217,7 @@ def run(
     (found,) = events(task, options)
     raced = {v.peer for op in shapes for v in bench.load(op).variants(device).values()}
     absent = {who: why for _, missing in fields.values() for who, why in missing.items()}
+    unraced = {who: why for op in shapes for who, why in bench.load(op).unraced.items()}
     none = f"nothing of {', '.join(shapes)} races it on {device} yet"
     report: dict[str, Any] = {
         "fastrl": found["versions"].get("fastrl"),
@@ -224,7 +227,7 @@ def run(
         "threads": options.threads,
         "environment": options.environment,
         **found,
-        "missing": absent | {p: none for p in against or () if p not in raced},
+        "missing": absent | {p: none for p in against or () if p not in raced} | unraced,
         "points": list(before),
     }
     yield report

@@ -66,6 +66,7 @@ def show_point(result: dict, console: Console) -> None:
         console.print(table)
     else:
         console.print(title, highlight=False)
+    show_figures(result["variants"], console)
     for mode in result["bounds"]:
         if factors := ladder(result, mode):
             start = next(iter(bench.load(result["op"]).ladder))
@@ -77,6 +78,22 @@ def show_point(result: dict, console: Console) -> None:
             if kind in of:
                 style = "red" if kind == "wrong" else "dim"
                 console.print(f"  {name} {kind}: {of[kind]}", style=style, markup=False)
+
+
+def show_figures(variants: dict[str, dict], console: Console) -> None:
+    """Prints what follows from the best rounds: a row a variant, a column a figure."""
+    names = list(dict.fromkeys(n for of in variants.values() for n in of.get("figures", {})))
+    if not names:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("best rounds", min_width=12, overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right")
+    for variant, of in variants.items():
+        if found := of.get("figures"):
+            cells = (figure(found[name]) if name in found else "" for name in names)
+            table.add_row(variant, *cells, style="bold" if of["peer"] == "fastrl" else None)
+    console.print(table)
 
 
 def _timing(of: dict, mode: str, base: float | None, bound: dict) -> list[str]:
