@@ -25,7 +25,10 @@ class _Tensors(nn.Module):
 
     def forward(self, input_ids, attention_mask, position_ids, beam_idx, *past):
         past = [x.index_select(0, beam_idx) for x in past]
-        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        cache = DynamicCache(config=self.model.config)
+        for layer, keys, values in zip(cache.layers, past[::2], past[1::2], strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values  # an update would join them to an empty tensor
         key = torch.arange(attention_mask.shape[1])
         query = torch.arange(input_ids.shape[1]) + past[0].shape[2]
         seen = (key <= query[:, None]) & attention_mask.bool()[:, None, None]
