@@ -1,7 +1,7 @@
 """Rollouts against Hugging Face generate, replicated and with one prefill, and OpenVINO GenAI.
 
 Three calls of each engine, and its head alone, tell what a step is made of: the prompt and a first
-token; the whole; and the same behind a prompt of one token, where there is no prompt to attend to.
+token; the whole; and a few tokens behind a prompt of one, where there is no prompt to attend to.
 
 tiny: Qwen3 of 0.8M parameters, as in bench_trainer.py. 0.5b: the shape of Qwen2.5-0.5B, and 387m
 the same with a vocabulary of 32000. All with random weights. The floor of a call is its products,
@@ -52,6 +52,7 @@ MODELS = {
 LARGE = {"model": "387m", "layers": 24, "prompts": 1}
 FIRST, BARE, HEAD, WHOLE = "first token", "short prompt", "head", "generate"
 GATE = {"layers": 2, "prompts": 2, "P": 40, "G": 3, "tokens": 8}
+FEW = 16  # tokens behind the short prompt, and draws of the head
 UNLIKE = "share of tokens unlike generate's"
 
 
@@ -103,7 +104,9 @@ class Case:
 
     @cache  # noqa: B019
     def openvino(self, keys):
-        return OpenVino(Path(self.exported().name), keys)
+        made = OpenVino(Path(self.exported().name), keys)
+        made.generate([p[:1] for p in self.prompts], self.group, 2, 1.0)  # some is compiled by then
+        return made
 
 
 # A variant samples `tokens` for each row of some prompts; at a temperature of 0 the likeliest.
@@ -141,15 +144,12 @@ def openvino(case, prompts, tokens, temperature=1.0, keys="f32"):
 
 
 @torch.no_grad()
-def draws(case, variant):
-    """As many draws from the head as a rollout has."""
+def draws(case):
+    """A few draws from the head for each row."""
     width, rows = case.model.config.hidden_size, torch.arange(case.rows, device=case.model.device)
     hidden = torch.ones(case.rows, width, dtype=case.model.dtype, device=case.model.device)
-    for _ in range(case.tokens):
-        if variant.function is generate:
-            torch.multinomial(case.model.lm_head(hidden).float().softmax(-1), 1)
-        else:
-            generation.draw(hidden, lm_head(case.model), SamplingParams(), rows, rows)
+    for _ in range(min(FEW, case.tokens)):
+        generation.draw(hidden, lm_head(case.model), SamplingParams(), rows, rows)
 
 
 class Rollout(Race):
@@ -193,9 +193,9 @@ class Rollout(Race):
         found = {
             "fastrl": Variant(fastrl),
             "HF, one prefill": Variant(prefill_once, "hf"),
-            "HF generate": Variant(generate, "hf"),
+            "HF generate": Variant(generate, "hf", without=(BARE, HEAD)),
         }
-        peer = partial(Variant, peer="openvino", compiled=True, without=(HEAD,))
+        peer = partial(Variant, peer="openvino", slow=True, without=(HEAD,))
         keys = {"OpenVINO": "f32", "OpenVINO, u8 cache": "u8"}
         others = {name: peer(partial(openvino, keys=kind)) for name, kind in keys.items()}
         return found | (others if device.type == "cpu" else {})
@@ -209,9 +209,18 @@ class Rollout(Race):
 
     def call(self, variant, inputs, mode):
         if mode == HEAD:
-            return partial(draws, inputs, variant)
+            return partial(draws, inputs)
         prompts = [p[:1] for p in inputs.prompts] if mode == BARE else inputs.prompts
-        return partial(variant.function, inputs, prompts, 1 if mode == FIRST else inputs.tokens)
+        return partial(variant.function, inputs, prompts, self.tokens(mode, inputs.tokens))
+
+    def tokens(self, mode, whole):
+        """How many tokens of each row a mode samples, where a rollout has `whole`."""
+        return {FIRST: 1, WHOLE: whole}.get(mode, min(FEW, whole))
+
+    def before(self, variant, inputs, mode):
+        if variant.peer == "openvino":
+            inputs.openvino(**variant.function.keywords)  # exported and compiled only once
+        return inputs
 
     def gate(self, variant, inputs, shape):
         """On a small case: greedy tokens are generate's (float32), or hidden states agree."""
@@ -237,10 +246,13 @@ class Rollout(Race):
         """
         tokens = shape["tokens"]
         step = (seconds[WHOLE] - seconds[FIRST]) / (tokens - 1)
-        bare, head = seconds[BARE] / tokens, seconds.get(HEAD, 0.0) / tokens
-        found = {} if not head else {"prefill": seconds[FIRST] - head}
-        found |= {"step": step, "attention": step - bare, "products": bare - head}
-        found |= {"head": head} if head else {}
+        bare, head = (seconds.get(m, 0.0) / self.tokens(m, tokens) for m in (BARE, HEAD))
+        found = {"prefill": seconds[FIRST] - head} if head else {}
+        found["step"] = step
+        if bare:
+            found |= {"attention": step - bare, "products": bare - head}
+        if head:
+            found["head"] = head
         layers, top, size = weights(shape)
         read = (layers + top) * size + cached(shape) * self.positions(shape)
         return {
@@ -278,20 +290,18 @@ class Rollout(Race):
 
     def work(self, shape, mode):
         layers, top, size = weights(shape)
-        count, tokens = shape["prompts"], shape["tokens"]
+        count, tokens = shape["prompts"], self.tokens(mode, shape["tokens"])
         rows, prompt = count * shape["G"], 1 if mode == BARE else shape["P"]
-        steps = {FIRST: 0, HEAD: 0}.get(mode, tokens - 1)
-        drawn = 1 if mode == FIRST else tokens
+        steps = 0 if mode == HEAD else tokens - 1
         through = steps * rows + (0 if mode == HEAD else count * prompt)
         keys = count * prompt * (prompt + 1) / 2 + steps * rows * (prompt + tokens / 2)
         sizes = MODELS[shape["model"]][2]
         pair = 4 * shape["layers"] * sizes["num_attention_heads"] * sizes["head_dim"]
-        moved = drawn * top * size
+        moved = tokens * top * size
         if mode != HEAD:
-            moved += drawn * layers * size + steps * self.positions(shape | {"P": prompt}) * cached(
-                shape
-            )
-        operations = 2 * (through * layers + drawn * rows * top) + (mode != HEAD) * pair * keys
+            read = self.positions(shape | {"P": prompt, "tokens": tokens}) * cached(shape)
+            moved += tokens * layers * size + steps * read
+        operations = 2 * (through * layers + tokens * rows * top) + (mode != HEAD) * pair * keys
         return Work(float(operations), float(moved), shape["dtype"])
 
 

@@ -84,7 +84,9 @@ def race_at(task: dict, emit: Emit) -> None:
         for name, variant in ready.items():
             if mode in variant.without:
                 continue
-            calls[name] = partial(_once, race, variant, inputs, mode, device, emit, name)
+            calls[name] = partial(
+                _once, race, variant, inputs, mode, device, task.get("cpu_time", False), emit, name
+            )
             each = calls[name]()  # what it loads or compiles does not count
             if each < share or variant.compiled:
                 each = max(calls[name](), 1e-9)
@@ -100,9 +102,10 @@ def race_at(task: dict, emit: Emit) -> None:
         emit(figures=race.figures(variant, inputs, shape, best[name]), of=name)
 
 
-def _once(race, variant, inputs, mode, device, emit, name) -> float:
+def _once(race, variant, inputs, mode, device, cpu_time, emit, name) -> float:
     emit(started=name)
-    return measure.seconds(race.call(variant, race.before(variant, inputs, mode), mode), device)
+    call = race.call(variant, race.before(variant, inputs, mode), mode)
+    return measure.seconds(call, device, cpu_time)
 
 
 def facts(task: dict, emit: Emit) -> None:

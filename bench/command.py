@@ -34,6 +34,8 @@ def options(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if isa is not None and isa not in CAPPED:
         raise ValueError(f"--isa {isa!r} is not one of {', '.join(CAPPED)}")
+    if given.get("cpu_time") and device == "cuda":
+        raise ValueError("--cpu-time says nothing of a GPU")
     cores = len(os.sched_getaffinity(0))
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads} must be at least 1")

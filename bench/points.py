@@ -37,6 +37,7 @@ class Options:
 
     ``silence`` is how long a call may take, ``limit`` after how many seconds no shape starts any
     more, ``rounds`` the most of each variant; each call comes ``pause`` seconds after the last.
+    With ``cpu_time`` the seconds of a call are those its threads spent on a core.
     """
 
     device: str = "cpu"
@@ -49,6 +50,7 @@ class Options:
     limit: float = float("inf")
     memory: bool = True
     peak: bool = True
+    cpu_time: bool = False
 
     @property
     def environment(self) -> dict[str, str]:
@@ -159,6 +161,7 @@ def run_point(
             left.append(name)
     task = {"what": "race", "op": race.op, "shape": shape, "threads": options.threads}
     task |= {"rounds": options.rounds, "seconds": options.seconds, "pause": options.pause}
+    task |= {"cpu_time": options.cpu_time}
     while left:
         started = None
         try:
@@ -225,6 +228,7 @@ def run(
         "command": " ".join(["fastrl", *sys.argv[1:]]),
         "device": options.device,
         "threads": options.threads,
+        "clock": "CPU time" if options.cpu_time else "wall",
         "environment": options.environment,
         **found,
         "missing": absent | {p: none for p in against or () if p not in raced} | unraced,

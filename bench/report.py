@@ -32,7 +32,8 @@ def show_start(report: dict, console: Console) -> None:
         highlight=False,
     )
     console.print(
-        "ms: median; 20-80%: of 3 rounds and more; x: times ours; peak: share of what the machine "
+        f"ms: {'' if report['clock'] == 'wall' else 'CPU time, '}median; 20-80%: of 3 rounds and "
+        "more; x: times ours; peak: share of what the machine "
         "can do; +MB: memory that the call takes",
         style="dim",
         highlight=False,
@@ -175,8 +176,8 @@ def compare(old: dict, new: dict) -> Comparison:
     ``verdict`` is "slower", "faster" or "same", and "wrong" for what was timed and now fails its
     gate. ValueError where the reports are of machines or settings that cannot be compared.
     """
-    for key in ("device", "threads", "isa"):
-        if old.get(key) != new.get(key):
+    for key, usual in (("device", None), ("threads", None), ("isa", None), ("clock", "wall")):
+        if old.get(key, usual) != new.get(key, usual):
             raise ValueError(f"the old report has {key}={old.get(key)!r}, this is {new.get(key)!r}")
     for key in ("cpu", "family", "gpu"):
         if old["machine"].get(key) != new["machine"].get(key):

@@ -190,6 +190,10 @@ def bench(
     silence: Annotated[
         float | None, typer.Option(help="Seconds after which a call counts as hanging.")
     ] = None,
+    cpu_time: Annotated[
+        bool,
+        typer.Option("--cpu-time", help="Count seconds on a core: where others use the machine."),
+    ] = False,
     memory: Annotated[bool, typer.Option(help="Measure the memory of each variant.")] = True,
     peak: Annotated[bool, typer.Option(help="Measure what the machine can do, first.")] = True,
 ) -> None:
@@ -205,7 +209,7 @@ def bench(
     try:
         chosen = command.options(
             device, threads, isa, quick, seconds=seconds, rounds=rounds, limit=limit, pause=pause,
-            silence=silence, memory=memory, peak=peak,
+            silence=silence, memory=memory, peak=peak, cpu_time=cpu_time,
         )  # fmt: skip
         old = None if compare is None else command.read(compare)
         where = torch.device(chosen.device)
