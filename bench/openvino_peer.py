@@ -118,7 +118,6 @@ class OpenVino:
             folder, schedule, "CPU", properties
         )
         self._requests = openvino_genai.GenerationConfig
-        self.cache_bytes = 0
 
     def generate(
         self, prompts: list[list[int]], group: int, tokens: int, temperature: float
@@ -134,5 +133,4 @@ class OpenVino:
             prompts = [p for p in prompts for _ in range(group)]
         ids = [openvino.Tensor(np.array([prompt])) for prompt in prompts]
         found = self._pipeline.generate(ids, [request] * len(ids))
-        self.cache_bytes = self._pipeline.get_metrics().cache_size_in_bytes
         return torch.tensor([row for result in found for row in result.m_generation_ids])

@@ -177,8 +177,9 @@ def compare(old: dict, new: dict) -> Comparison:
     gate. ValueError where the reports are of machines or settings that cannot be compared.
     """
     for key, usual in (("device", None), ("threads", None), ("isa", None), ("clock", "wall")):
-        if old.get(key, usual) != new.get(key, usual):
-            raise ValueError(f"the old report has {key}={old.get(key)!r}, this is {new.get(key)!r}")
+        was, now = old.get(key, usual), new.get(key, usual)
+        if was != now:
+            raise ValueError(f"the old report has {key}={was!r}, this is {now!r}")
     for key in ("cpu", "family", "gpu"):
         if old["machine"].get(key) != new["machine"].get(key):
             raise ValueError(
