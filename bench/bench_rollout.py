@@ -244,6 +244,8 @@ class Rollout(Race):
         products is what remains without the head. GB/s counts what a step cannot do without, the
         weights, the prompt's keys and values once, and half of the completions'.
         """
+        if FIRST not in seconds or WHOLE not in seconds:
+            return {}
         tokens = shape["tokens"]
         step = (seconds[WHOLE] - seconds[FIRST]) / (tokens - 1)
         bare, head = (seconds.get(m, 0.0) / self.tokens(m, tokens) for m in (BARE, HEAD))

@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,14 @@ Emit = Callable[..., None]
 LEAST_ROUNDS = 3  # below that there are no percentiles: only for what is very slow
 
 
-def memory(race: Race, variant: Variant, shape: Shape, inputs: Any, device: torch.device) -> dict:
+def memory(
+    race: Race,
+    variant: Variant,
+    shape: Shape,
+    inputs: Any,
+    modes: Sequence[str],
+    device: torch.device,
+) -> dict:
     """Extra MB of a variant in each mode: beyond what there was before, less what it returns.
 
     A small call comes first, so that libraries and threads are loaded; what compiles runs at full
@@ -31,7 +38,7 @@ def memory(race: Race, variant: Variant, shape: Shape, inputs: Any, device: torc
     as it would in a trainer.
     """
     warm_up = inputs if variant.compiled else race.draw(race.small(shape), device)
-    modes = [mode for mode in race.modes if mode not in variant.without]
+    modes = [mode for mode in modes if mode not in variant.without]
     for mode in modes:
         race.call(variant, race.before(variant, warm_up, mode), mode)()
     del warm_up
@@ -61,13 +68,14 @@ def race_at(task: dict, emit: Emit) -> None:
     race, shape, device = bench.load(task["op"]), task["shape"], torch.device(task["device"])
     inputs = race.draw(shape, device)
     variants = race.variants(device)
+    modes = task.get("modes", race.modes)
     ready = {}
     for name in task["variants"]:
         emit(started=name)
         event: dict[str, Any] = {"variant": name}
         try:
             if task["memory"] and measure.can_measure_memory(device):
-                event["extra_mb"] = memory(race, variants[name], shape, inputs, device)
+                event["extra_mb"] = memory(race, variants[name], shape, inputs, modes, device)
             verdict = race.gate(variants[name], inputs, shape)
             event["errors"] = verdict.errors
             if verdict.wrong:
@@ -77,9 +85,9 @@ def race_at(task: dict, emit: Emit) -> None:
         except Exception as error:  # a peer that cannot do this shape is reported, not hidden
             event["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         emit(**event)
-    share = task["seconds"] / len(race.modes) / max(1, len(ready))
+    share = task["seconds"] / len(modes) / max(1, len(ready))
     best: dict[str, dict[str, float]] = {name: {} for name in ready}
-    for mode in race.modes:
+    for mode in modes:
         calls, rounds, once = {}, {}, {}
         for name, variant in ready.items():
             if mode in variant.without:

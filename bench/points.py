@@ -37,7 +37,8 @@ class Options:
 
     ``silence`` is how long a call may take, ``limit`` after how many seconds no shape starts any
     more, ``rounds`` the most of each variant; each call comes ``pause`` seconds after the last.
-    With ``cpu_time`` the seconds of a call are those its threads spent on a core.
+    With ``cpu_time`` the seconds of a call are those its threads spent on a core. Without
+    ``modes`` each race has all of its own.
     """
 
     device: str = "cpu"
@@ -51,6 +52,7 @@ class Options:
     memory: bool = True
     peak: bool = True
     cpu_time: bool = False
+    modes: tuple[str, ...] = ()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -133,6 +135,14 @@ def field(
     return names, absent
 
 
+def timed(race: Race, options: Options) -> tuple[str, ...]:
+    """The modes that a race is run in; ValueError for one that it does not have."""
+    for mode in options.modes:
+        if mode not in race.modes:
+            raise ValueError(f"--modes {mode!r}: {race.op} has {', '.join(race.modes)}")
+    return options.modes or race.modes
+
+
 def size(race: Race, shape: Shape) -> float:
     """Operations, by which shapes are ordered."""
     return race.work(shape, race.modes[-1]).operations
@@ -161,7 +171,7 @@ def run_point(
             left.append(name)
     task = {"what": "race", "op": race.op, "shape": shape, "threads": options.threads}
     task |= {"rounds": options.rounds, "seconds": options.seconds, "pause": options.pause}
-    task |= {"cpu_time": options.cpu_time}
+    task |= {"cpu_time": options.cpu_time, "modes": timed(race, options)}
     while left:
         started = None
         try:
@@ -190,10 +200,12 @@ def run_point(
     return result
 
 
-def bounds(race: Race, shape: Shape, peaks: dict[str, float]) -> dict[str, dict[str, Any]]:
+def bounds(
+    race: Race, shape: Shape, modes: tuple[str, ...], peaks: dict[str, float]
+) -> dict[str, dict[str, Any]]:
     """What each mode has to compute and move and, where the peaks are known, the least seconds."""
     found: dict[str, dict[str, Any]] = {}
-    for mode in race.modes:
+    for mode in modes:
         work = race.work(shape, mode)
         found[mode] = {"operations": work.operations, "bytes": work.bytes}
         if peaks:
@@ -216,6 +228,8 @@ def run(
     """
     device = torch.device(options.device)
     fields = {op: field(bench.load(op), against, device) for op in shapes}
+    for op in shapes:
+        timed(bench.load(op), options)
     task = {"what": "facts", "threads": options.threads, "peak": options.peak}
     (found,) = events(task, options)
     raced = {v.peer for op in shapes for v in bench.load(op).variants(device).values()}
@@ -248,6 +262,6 @@ def run(
             else:
                 begin(op, shape)
                 result = run_point(race, shape, fields[op][0], options, slow)
-            result["bounds"] = bounds(race, shape, found["peaks"])
+            result["bounds"] = bounds(race, shape, timed(race, options), found["peaks"])
             report["points"].append(result)
             yield report

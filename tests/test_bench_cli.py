@@ -269,6 +269,7 @@ def test_shapes_from_an_option_a_grid_and_an_old_report():
         (["--resume"], "--resume goes with the --json file"),
         (["--isa", "sse"], "--isa 'sse' is not one of generic"),
         (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["scan", "--modes", "both"], "--modes 'both': scan has forward"),
         (["--compare", "pyproject.toml"], "is not a report of fastrl bench --json"),
     ],
 )
