@@ -10,13 +10,11 @@ or the weights and what is cached, read once a step.
 
 import math
 from functools import cache, partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from fastrl.bench.openvino_peer import OpenVino, export
+from fastrl.bench.openvino_peer import OpenVino
 from fastrl.bench.race import Race, Variant, Verdict, Work, within
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import RolloutEngine, SamplingParams, generation
@@ -97,14 +95,8 @@ class Case:
         self.engine = RolloutEngine(model, max_rows=self.rows)
 
     @cache  # noqa: B019  a case lives as long as its process
-    def exported(self):
-        folder = TemporaryDirectory(prefix="fastrl-bench-")
-        export(self.model, Path(folder.name))
-        return folder
-
-    @cache  # noqa: B019
     def openvino(self, keys):
-        made = OpenVino(Path(self.exported().name), keys)
+        made = OpenVino(self.model, keys)
         made.generate([p[:1] for p in self.prompts], self.group, 2, 1.0)  # some is compiled by then
         return made
 

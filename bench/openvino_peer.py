@@ -7,6 +7,7 @@ each completion reads them for itself.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class OpenVino:
     ``cache`` is the type of keys and values: "f32", or "u8", which is OpenVINO's default.
     """
 
-    def __init__(self, folder: Path, cache: str):
+    def __init__(self, model: PreTrainedModel, cache: str):
         import openvino_genai
 
         schedule = openvino_genai.SchedulerConfig()
@@ -114,9 +115,12 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": threads,
             "sampler_num_threads": threads,
         }
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(
-            folder, schedule, "CPU", properties
-        )
+        # What it has mapped of the files stays after they are gone.
+        with TemporaryDirectory(prefix="fastrl-bench-", ignore_cleanup_errors=True) as folder:
+            export(model, Path(folder))
+            self._pipeline = openvino_genai.ContinuousBatchingPipeline(
+                folder, schedule, "CPU", properties
+            )
         self._requests = openvino_genai.GenerationConfig
 
     def generate(
