@@ -72,10 +72,10 @@ class Decode(Race):
     op = "decode"
     about = "prefill of P tokens; a step of G rows behind them, without the lm-head"
     modes = (PREFILL, STEP)
-    defaults = {"model": "0.5b", "layers": 4, "P": 256, "G": 16}
+    defaults = {"model": "0.5b", "layers": 4, "P": 256, "G": 16, "dtype": "bfloat16"}
     grids = {
         "quick": [{"layers": 2, "P": 128, "G": 8}],
-        "default": [{}, {"model": "tiny", "P": 9, "G": 128}],
+        "default": [{}, {"model": "tiny", "P": 9, "G": 128, "dtype": "float32"}],
         "issue": [{"layers": 24, "P": 512}],
     }
 
@@ -86,7 +86,7 @@ class Decode(Race):
 
     @torch.no_grad()
     def draw(self, shape, device):
-        model = build(shape["model"], shape["layers"]).to(device)
+        model = build(shape).to(device)
         g = torch.Generator().manual_seed(0)
         top = min(1000, model.config.vocab_size)
         return Case(model, torch.randint(3, top, (shape["P"],), generator=g).tolist(), shape["G"])
@@ -117,9 +117,9 @@ class Decode(Race):
         return shape | {"layers": 1, "P": 4, "G": 2}
 
     def work(self, shape, mode):
-        layers, _, itemsize, dtype = weights(shape["model"], shape["layers"])
+        layers, _, size = weights(shape)
         tokens = shape["P"] if mode == PREFILL else shape["G"]
-        return Work(2.0 * tokens * layers, float(layers * itemsize), dtype)
+        return Work(2.0 * tokens * layers, float(layers * size), shape["dtype"])
 
 
 RACE = Decode()

@@ -1,17 +1,24 @@
-"""Rollouts: the native decoder against Hugging Face generate, replicated and with one prefill.
+"""Rollouts against Hugging Face generate, replicated and with one prefill, and OpenVINO GenAI.
 
-tiny: Qwen3 of 0.8M parameters, float32, as in bench_trainer.py. 0.5b: the shape of Qwen2.5-0.5B
-with random bf16 weights. The floor of a call is its products, and the weights read once a step.
+Three calls of each engine, and its head alone, tell what a step is made of: the prompt and a first
+token; the whole; and a few tokens behind a prompt of one, where there is no prompt to attend to.
+
+tiny: Qwen3 of 0.8M parameters, as in bench_trainer.py. 0.5b: the shape of Qwen2.5-0.5B, and 387m
+the same with a vocabulary of 32000. All with random weights. The floor of a call is its products,
+or the weights and what is cached, read once a step.
 """
 
+import math
 from functools import cache, partial
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from fastrl.bench.openvino_peer import OpenVino
 from fastrl.bench.race import Race, Variant, Verdict, Work, within
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import RolloutEngine, SamplingParams, generation
+from fastrl.rollout.cache import CHUNK
 from fastrl.rollout.huggingface import HuggingFaceRows
 from fastrl.rollout.request import Request
 
@@ -19,7 +26,6 @@ COMMON = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "tie_word_
 TINY = {
     "vocab_size": 17,
     "hidden_size": 128,
-    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -31,77 +37,117 @@ HALF_B = {
     "hidden_size": 896,
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
+    "head_dim": 64,
     "intermediate_size": 4864,
     "max_position_embeddings": 32768,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
+MODELS = {
+    "tiny": (Qwen3ForCausalLM, Qwen3Config, TINY),
+    "387m": (Qwen2ForCausalLM, Qwen2Config, HALF_B | {"vocab_size": 32000}),
+    "0.5b": (Qwen2ForCausalLM, Qwen2Config, HALF_B),
+}
+LARGE = {"model": "387m", "layers": 24, "prompts": 1}
+FIRST, BARE, HEAD, WHOLE = "first token", "short prompt", "head", "generate"
+GATE = {"layers": 2, "prompts": 2, "P": 40, "G": 3, "tokens": 8}
+FEW = 16  # tokens behind the short prompt, and draws of the head
+UNLIKE = "share of tokens unlike generate's"
 
 
-def build(name, layers):
-    """A model of a name in shapes, with random weights."""
+def build(shape):
+    """The model of a shape's name, layers and dtype, with random weights."""
+    if shape["model"] not in MODELS:
+        raise ValueError(f"model={shape['model']!r} is not one of {', '.join(MODELS)}")
+    kind, config, sizes = MODELS[shape["model"]]
     torch.manual_seed(0)
-    depth = {"num_hidden_layers": layers, **COMMON}
-    if name == "tiny":
-        return Qwen3ForCausalLM(Qwen3Config(**TINY | depth)).eval()
-    if name == "0.5b":
-        return Qwen2ForCausalLM(Qwen2Config(**HALF_B | depth)).bfloat16().eval()
-    raise ValueError(f"model={name!r} is not one of tiny, 0.5b")
+    # Weights so large that what is greedy does not only repeat the last token.
+    spread = sizes["hidden_size"] ** -0.5
+    depth = {"num_hidden_layers": shape["layers"], "initializer_range": spread, **COMMON}
+    return kind(config(**sizes | depth)).to(getattr(torch, shape["dtype"])).eval()
 
 
-def weights(name, layers):
-    """Parameters of the layers and of the lm-head, their bytes each, their dtype."""
-    model = TINY if name == "tiny" else HALF_B
-    width, heads = model["hidden_size"], model["num_attention_heads"]
-    head = model.get("head_dim", width // heads)
-    attention = width * head * 2 * (heads + model["num_key_value_heads"])
-    each = attention + 3 * width * model["intermediate_size"]
-    itemsize, dtype = (4, "float32") if name == "tiny" else (2, "bfloat16")
-    return layers * each, width * model["vocab_size"], itemsize, dtype
+def weights(shape):
+    """Parameters of the layers and of the lm-head, and their bytes each."""
+    sizes = MODELS[shape["model"]][2]
+    heads = 2 * (sizes["num_attention_heads"] + sizes["num_key_value_heads"])
+    wide = heads * sizes["head_dim"] + 3 * sizes["intermediate_size"]
+    layers = shape["layers"] * sizes["hidden_size"] * wide
+    return layers, sizes["hidden_size"] * sizes["vocab_size"], itemsize(shape)
+
+
+def itemsize(shape):
+    return getattr(torch, shape["dtype"]).itemsize
+
+
+def cached(shape):
+    """Bytes of the keys and values of a token."""
+    sizes = MODELS[shape["model"]][2]
+    width = sizes["num_key_value_heads"] * sizes["head_dim"]
+    return 2 * shape["layers"] * width * itemsize(shape)
 
 
 class Case:
-    """A model, prompts of equal length, and the variants of `tokens` new tokens for each row."""
+    """A model, prompts of equal length, and how many tokens are sampled for each of their rows."""
 
     def __init__(self, model, prompts, group, tokens):
         self.model, self.prompts, self.group, self.tokens = model, prompts, group, tokens
-        self.engine = RolloutEngine(model, max_rows=len(prompts) * group)
-        self.ids = torch.tensor([p for p in prompts for _ in range(group)], device=model.device)
-
-    def fastrl(self, temperature=1.0):
-        sampling = SamplingParams(temperature, max_new_tokens=self.tokens, ignore_eos=True)
-        return self.engine.generate(self.prompts, self.group, sampling).completion_ids
-
-    @torch.no_grad()
-    def prefill_once(self, temperature=1.0):
-        rows = HuggingFaceRows(backbone(self.model), self.ids.device)
-        sampling = SamplingParams(temperature, max_new_tokens=self.tokens)
-        limits = [self.tokens] * len(self.prompts)
-        request = Request(self.prompts, limits, self.group, sampling, [])
-        ending = generation.Ending([], None, self.group, None)
-        return generation.generate(
-            rows, lm_head(self.model), request, ending, len(self.ids), 0, lambda *_: None
-        ).tokens
-
-    def generate(self, temperature=1.0):
-        out = self.model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            do_sample=temperature > 0,
-            min_new_tokens=self.tokens,
-            max_new_tokens=self.tokens,
-            top_k=0,
-        )
-        return out[:, self.ids.shape[1] :]
+        self.rows = len(prompts) * group
+        self.engine = RolloutEngine(model, max_rows=self.rows)
 
     @cache  # noqa: B019  a case lives as long as its process
-    def greedy(self):
-        return self.generate(temperature=0)
+    def openvino(self, keys):
+        made = OpenVino(self.model, keys)
+        made.generate([p[:1] for p in self.prompts], self.group, 2, 1.0)  # some is compiled by then
+        return made
+
+
+# A variant samples `tokens` for each row of some prompts; at a temperature of 0 the likeliest.
+def fastrl(case, prompts, tokens, temperature=1.0):
+    sampling = SamplingParams(temperature, max_new_tokens=tokens, ignore_eos=True)
+    return case.engine.generate(prompts, case.group, sampling).completion_ids
+
+
+@torch.no_grad()
+def prefill_once(case, prompts, tokens, temperature=1.0):
+    rows = HuggingFaceRows(backbone(case.model), case.model.device)
+    sampling = SamplingParams(temperature, max_new_tokens=tokens)
+    request = Request(prompts, [tokens] * len(prompts), case.group, sampling, [])
+    ending = generation.Ending([], None, case.group, None)
+    head = lm_head(case.model)
+    every = generation.generate(rows, head, request, ending, case.rows, 0, lambda *_: None)
+    return every.tokens
+
+
+def generate(case, prompts, tokens, temperature=1.0):
+    ids = torch.tensor([p for p in prompts for _ in range(case.group)], device=case.model.device)
+    out = case.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=temperature > 0,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        top_k=0,
+    )
+    return out[:, ids.shape[1] :]
+
+
+def openvino(case, prompts, tokens, temperature=1.0, keys="f32"):
+    return case.openvino(keys).generate(prompts, case.group, tokens, temperature)
+
+
+@torch.no_grad()
+def draws(case):
+    """A few draws from the head for each row."""
+    width, rows = case.model.config.hidden_size, torch.arange(case.rows, device=case.model.device)
+    hidden = torch.ones(case.rows, width, dtype=case.model.dtype, device=case.model.device)
+    for _ in range(min(FEW, case.tokens)):
+        generation.draw(hidden, lm_head(case.model), SamplingParams(), rows, rows)
 
 
 class Rollout(Race):
     op = "rollout"
     about = "new tokens of G completions for each of a few prompts of P tokens"
-    modes = ("generate",)
+    modes = (FIRST, BARE, HEAD, WHOLE)
     defaults = {
         "model": "tiny",
         "layers": 4,
@@ -109,54 +155,145 @@ class Rollout(Race):
         "P": 9,
         "G": 8,
         "tokens": 32,
+        "dtype": "float32",
     }
     grids = {
         "quick": [{}],
         "default": [
             {},
-            {"model": "0.5b", "layers": 4, "prompts": 1, "P": 256, "G": 16, "tokens": 16},
+            {"model": "387m", "layers": 4, "prompts": 1, "P": 256, "G": 16, "tokens": 16},
         ],
-        "issue": [{"model": "0.5b", "layers": 24, "prompts": 1, "P": 512, "G": 16, "tokens": 64}],
+        "issue": [
+            LARGE | {"P": 1024, "G": 16, "tokens": 64},
+            LARGE | {"P": 4096, "G": 32, "tokens": 33},
+            LARGE | {"model": "0.5b", "P": 512, "G": 16, "tokens": 64},
+        ],
+        "coarse": [LARGE | {"P": p, "G": g, "tokens": 32} for p in (64, 1024) for g in (1, 4, 32)],
+        "full": [  # needs 32 GB and a day
+            LARGE | {"P": p, "G": g, "tokens": n}
+            for p in (64, 512, 1024, 4096)
+            for g in (1, 4, 8, 16, 32)
+            for n in (32, 128)
+        ],
+    }
+
+    unraced = {
+        "llamacpp": "not raced yet: it needs github.com/ggml-org/llama.cpp built, and a GGUF file"
     }
 
     def variants(self, device):
-        return {
-            "fastrl": Variant(Case.fastrl),
-            "HF, one prefill": Variant(Case.prefill_once, "hf"),
-            "HF generate": Variant(Case.generate, "hf"),
+        found = {
+            "fastrl": Variant(fastrl),
+            "HF, one prefill": Variant(prefill_once, "hf"),
+            "HF generate": Variant(generate, "hf", without=(BARE, HEAD)),
         }
+        peer = partial(Variant, peer="openvino", slow=True, without=(HEAD,))
+        keys = {"OpenVINO": "f32", "OpenVINO, u8 cache": "u8"}
+        others = {name: peer(partial(openvino, keys=kind)) for name, kind in keys.items()}
+        return found | (others if device.type == "cpu" else {})
 
     def draw(self, shape, device):
-        model = build(shape["model"], shape["layers"]).to(device)
+        model = build(shape).to(device)
         g = torch.Generator().manual_seed(0)
         top = min(1000, model.config.vocab_size)
         prompts = torch.randint(3, top, (shape["prompts"], shape["P"]), generator=g).tolist()
         return Case(model, prompts, shape["G"], shape["tokens"])
 
     def call(self, variant, inputs, mode):
-        return partial(variant.function, inputs)
+        if mode == HEAD:
+            return partial(draws, inputs)
+        prompts = [p[:1] for p in inputs.prompts] if mode == BARE else inputs.prompts
+        return partial(variant.function, inputs, prompts, self.tokens(mode, inputs.tokens))
+
+    def tokens(self, mode, whole):
+        """How many tokens of each row a mode samples, where a rollout has `whole`."""
+        return {FIRST: 1, WHOLE: whole}.get(mode, min(FEW, whole))
+
+    def before(self, variant, inputs, mode):
+        if variant.peer == "openvino":
+            inputs.openvino(**variant.function.keywords)  # exported and compiled only once
+        return inputs
 
     def gate(self, variant, inputs, shape):
-        """Greedy tokens are those of generate (float32), or the hidden states agree (bf16)."""
-        if inputs.model.dtype == torch.float32:
-            other = variant.function(inputs, temperature=0).to(inputs.ids.device)
-            return within({"tokens unlike generate's": (other != inputs.greedy()).sum().item()}, 0)
+        """On a small case: greedy tokens are generate's (float32), or hidden states agree."""
+        case = self.draw(shape | GATE, inputs.model.device)
+        if case.model.dtype == torch.float32:
+            want = generate(case, case.prompts, case.tokens, temperature=0)
+            got = variant.function(case, case.prompts, case.tokens, temperature=0)
+            return within({UNLIKE: (got.to(want.device) != want).float().mean().item()}, 0)
         if not variant.ours:
             return Verdict()  # Hugging Face's own forward is what ours is held to
-        got = inputs.engine.prefill(inputs.prompts[0]).hidden.float()
+        got = case.engine.prefill(case.prompts[0]).hidden.float()
+        ids = torch.tensor(case.prompts[:1], device=case.model.device)
         with torch.no_grad():
-            want = backbone(inputs.model)(inputs.ids[:1], use_cache=False).last_hidden_state[0, -1]
-        gap = (got - want.float()).abs().max() / want.float().abs().max()
-        return within({"hidden": gap.item()}, 5e-2)
+            want = backbone(case.model)(ids, use_cache=False).last_hidden_state[0, -1].float()
+        return within({"hidden": ((got - want).abs().max() / want.abs().max()).item()}, 5e-2)
+
+    def figures(self, variant, inputs, shape, seconds):
+        """Milliseconds of the prompt and of a step, and what a step is made of; its bytes.
+
+        attention is to the prompt: a step's time less that of one behind a prompt of one token.
+        products is what remains without the head. GB/s counts what a step cannot do without, the
+        weights, the prompt's keys and values once, and half of the completions'.
+        """
+        if FIRST not in seconds or WHOLE not in seconds:
+            return {}
+        tokens = shape["tokens"]
+        step = (seconds[WHOLE] - seconds[FIRST]) / (tokens - 1)
+        bare, head = (seconds.get(m, 0.0) / self.tokens(m, tokens) for m in (BARE, HEAD))
+        found = {"prefill": seconds[FIRST] - head} if head else {}
+        found["step"] = step
+        if bare:
+            found |= {"attention": step - bare, "products": bare - head}
+        if head:
+            found["head"] = head
+        layers, top, size = weights(shape)
+        read = (layers + top) * size + cached(shape) * self.positions(shape)
+        found = {f"{name} ms": 1e3 * value for name, value in found.items()}
+        if variant.peer != "openvino":  # what it reports changes with when it is asked
+            found["KV MB"] = self.held(variant, inputs, shape) / 2**20
+        return found | {"GB/s": read / step / 1e9}
+
+    def positions(self, shape):
+        """How many tokens' keys and values a step reads on average, if each is read once."""
+        return shape["prompts"] * (shape["P"] + shape["G"] * shape["tokens"] / 2)
+
+    def held(self, variant, inputs, shape):
+        """Bytes of keys and values at the end; the last token has none."""
+        steps = shape["tokens"] - 1
+        if variant.ours:  # in nodes of CHUNK positions
+            held = len(inputs.prompts) * shape["P"] + inputs.rows * CHUNK * math.ceil(steps / CHUNK)
+        else:
+            held = inputs.rows * (shape["P"] + steps)
+        return held * cached(shape)
+
+    def bytes_needed(self, name, shape):
+        layers, top, size = weights(shape)
+        rows, model = shape["prompts"] * shape["G"], (layers + top) * size
+        both = rows * (shape["P"] + shape["tokens"]) * cached(shape)
+        if name == "HF generate":  # the widest activations of all prompts at once
+            wide = 4 * MODELS[shape["model"]][2]["intermediate_size"] * size
+            return model + 2 * both + rows * shape["P"] * wide
+        return 3.0 * model if name.startswith("OpenVINO") else model + 2 * both
 
     def small(self, shape):
         return shape | {"prompts": 1, "P": 4, "G": 2, "tokens": 2, "layers": 1}
 
     def work(self, shape, mode):
-        layers, head, itemsize, dtype = weights(shape["model"], shape["layers"])
-        rows, steps = shape["prompts"] * shape["G"], shape["tokens"]
-        products = shape["prompts"] * shape["P"] * layers + steps * rows * (layers + head)
-        return Work(2.0 * products, float(steps * (layers + head) * itemsize), dtype)
+        layers, top, size = weights(shape)
+        count, tokens = shape["prompts"], self.tokens(mode, shape["tokens"])
+        rows, prompt = count * shape["G"], 1 if mode == BARE else shape["P"]
+        steps = 0 if mode == HEAD else tokens - 1
+        through = steps * rows + (0 if mode == HEAD else count * prompt)
+        keys = count * prompt * (prompt + 1) / 2 + steps * rows * (prompt + tokens / 2)
+        sizes = MODELS[shape["model"]][2]
+        pair = 4 * shape["layers"] * sizes["num_attention_heads"] * sizes["head_dim"]
+        moved = tokens * top * size
+        if mode != HEAD:
+            read = self.positions(shape | {"P": prompt, "tokens": tokens}) * cached(shape)
+            moved += tokens * layers * size + steps * read
+        operations = 2 * (through * layers + tokens * rows * top) + (mode != HEAD) * pair * keys
+        return Work(float(operations), float(moved), shape["dtype"])
 
 
 RACE = Rollout()

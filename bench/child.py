@@ -8,7 +8,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,14 @@ Emit = Callable[..., None]
 LEAST_ROUNDS = 3  # below that there are no percentiles: only for what is very slow
 
 
-def memory(race: Race, variant: Variant, shape: Shape, inputs: Any, device: torch.device) -> dict:
+def memory(
+    race: Race,
+    variant: Variant,
+    shape: Shape,
+    inputs: Any,
+    modes: Sequence[str],
+    device: torch.device,
+) -> dict:
     """Extra MB of a variant in each mode: beyond what there was before, less what it returns.
 
     A small call comes first, so that libraries and threads are loaded; what compiles runs at full
@@ -31,11 +38,12 @@ def memory(race: Race, variant: Variant, shape: Shape, inputs: Any, device: torc
     as it would in a trainer.
     """
     warm_up = inputs if variant.compiled else race.draw(race.small(shape), device)
-    for mode in race.modes:
+    modes = [mode for mode in modes if mode not in variant.without]
+    for mode in modes:
         race.call(variant, race.before(variant, warm_up, mode), mode)()
     del warm_up
     found = {}
-    for mode in race.modes:
+    for mode in modes:
         call = race.call(variant, race.before(variant, inputs, mode), mode)
         extra, result = measure.extra_memory(call, device)
         found[mode] = max(0.0, (extra - _bytes(result)) / 2**20)
@@ -53,20 +61,21 @@ def _bytes(result: Any) -> int:
 
 
 def race_at(task: dict, emit: Emit) -> None:
-    """Events: for each variant "started", then its errors or why it failed; at the end the times.
+    """Events: for each variant "started", then its errors or why it failed; then times and figures.
 
     "started" comes before every call, so that the parent knows whose call does not end.
     """
     race, shape, device = bench.load(task["op"]), task["shape"], torch.device(task["device"])
     inputs = race.draw(shape, device)
     variants = race.variants(device)
+    modes = task.get("modes", race.modes)
     ready = {}
     for name in task["variants"]:
         emit(started=name)
         event: dict[str, Any] = {"variant": name}
         try:
             if task["memory"] and measure.can_measure_memory(device):
-                event["extra_mb"] = memory(race, variants[name], shape, inputs, device)
+                event["extra_mb"] = memory(race, variants[name], shape, inputs, modes, device)
             verdict = race.gate(variants[name], inputs, shape)
             event["errors"] = verdict.errors
             if verdict.wrong:
@@ -76,11 +85,16 @@ def race_at(task: dict, emit: Emit) -> None:
         except Exception as error:  # a peer that cannot do this shape is reported, not hidden
             event["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         emit(**event)
-    share = task["seconds"] / len(race.modes) / max(1, len(ready))
-    for mode in race.modes:
+    share = task["seconds"] / len(modes) / max(1, len(ready))
+    best: dict[str, dict[str, float]] = {name: {} for name in ready}
+    for mode in modes:
         calls, rounds, once = {}, {}, {}
         for name, variant in ready.items():
-            calls[name] = partial(_once, race, variant, inputs, mode, device, emit, name)
+            if mode in variant.without:
+                continue
+            calls[name] = partial(
+                _once, race, variant, inputs, mode, device, task.get("cpu_time", False), emit, name
+            )
             each = calls[name]()  # what it loads or compiles does not count
             if each < share or variant.compiled:
                 each = max(calls[name](), 1e-9)
@@ -88,12 +102,18 @@ def race_at(task: dict, emit: Emit) -> None:
                 rounds[name] = max(LEAST_ROUNDS, min(task["rounds"], int(share / each)))
             else:  # beside the seconds that a call takes, what it loads is little
                 rounds[name], once[name] = 0, measure.statistics_of([each])
-        emit(mode=mode, times=once | measure.take_turns(calls, rounds, task["pause"]))
+        times = once | measure.take_turns(calls, rounds, task["pause"])
+        for name, of in times.items():
+            best[name][mode] = of["best"]
+        emit(mode=mode, times=times)
+    for name, variant in ready.items():
+        emit(figures=race.figures(variant, inputs, shape, best[name]), of=name)
 
 
-def _once(race, variant, inputs, mode, device, emit, name) -> float:
+def _once(race, variant, inputs, mode, device, cpu_time, emit, name) -> float:
     emit(started=name)
-    return measure.seconds(race.call(variant, race.before(variant, inputs, mode), mode), device)
+    call = race.call(variant, race.before(variant, inputs, mode), mode)
+    return measure.seconds(call, device, cpu_time)
 
 
 def facts(task: dict, emit: Emit) -> None:

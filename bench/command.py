@@ -26,6 +26,7 @@ def options(
     threads: int | None = None,
     isa: str | None = None,
     quick: bool = False,
+    modes: str | None = None,
     **given: float | bool | None,
 ) -> Options:
     """Checked settings of a run; what is None has its default. ValueError for what cannot be."""
@@ -37,10 +38,13 @@ def options(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if isa is not None and isa not in CAPPED:
         raise ValueError(f"--isa {isa!r} is not one of {', '.join(CAPPED)}")
+    if given.get("cpu_time") and device == "cuda":
+        raise ValueError("--cpu-time says nothing of a GPU")
     cores = len(os.sched_getaffinity(0))
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads} must be at least 1")
-    chosen = Options(device=device, threads=threads or cores, isa=isa)
+    some = tuple(m.strip() for m in (modes or "").split(",") if m.strip())
+    chosen = Options(device=device, threads=threads or cores, isa=isa, modes=some)
     if quick:
         chosen = replace(chosen, seconds=2.0)
     return replace(chosen, **{k: v for k, v in given.items() if v is not None})

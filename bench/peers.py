@@ -30,7 +30,7 @@ PEERS = {
     "torchao": Peer("torchao", "torchao"),
     "bitsandbytes": Peer("bitsandbytes", "bitsandbytes"),
     "hf": Peer("Hugging Face transformers", "transformers"),
-    "openvino": Peer("OpenVINO", "openvino"),
+    "openvino": Peer("OpenVINO GenAI", "openvino_genai"),
     "llamacpp": Peer(
         "llama.cpp", "llama-batched-bench", program="build github.com/ggml-org/llama.cpp"
     ),

@@ -37,6 +37,8 @@ class Options:
 
     ``silence`` is how long a call may take, ``limit`` after how many seconds no shape starts any
     more, ``rounds`` the most of each variant; each call comes ``pause`` seconds after the last.
+    With ``cpu_time`` the seconds of a call are those its threads spent on a core. Without
+    ``modes`` each race has all of its own.
     """
 
     device: str = "cpu"
@@ -49,6 +51,8 @@ class Options:
     limit: float = float("inf")
     memory: bool = True
     peak: bool = True
+    cpu_time: bool = False
+    modes: tuple[str, ...] = ()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -131,6 +135,14 @@ def field(
     return names, absent
 
 
+def timed(race: Race, options: Options) -> tuple[str, ...]:
+    """The modes that a race is run in; ValueError for one that it does not have."""
+    for mode in options.modes:
+        if mode not in race.modes:
+            raise ValueError(f"--modes {mode!r}: {race.op} has {', '.join(race.modes)}")
+    return options.modes or race.modes
+
+
 def size(race: Race, shape: Shape) -> float:
     """Operations, by which shapes are ordered."""
     return race.work(shape, race.modes[-1]).operations
@@ -159,6 +171,7 @@ def run_point(
             left.append(name)
     task = {"what": "race", "op": race.op, "shape": shape, "threads": options.threads}
     task |= {"rounds": options.rounds, "seconds": options.seconds, "pause": options.pause}
+    task |= {"cpu_time": options.cpu_time, "modes": timed(race, options)}
     while left:
         started = None
         try:
@@ -171,6 +184,8 @@ def run_point(
                 elif "times" in event:
                     for name, times in event["times"].items():
                         found[name][event["mode"]] = times
+                elif event.get("figures"):
+                    found[event["of"]]["figures"] = event["figures"]
             break
         except Stopped as why:
             if started is None:
@@ -185,10 +200,12 @@ def run_point(
     return result
 
 
-def bounds(race: Race, shape: Shape, peaks: dict[str, float]) -> dict[str, dict[str, Any]]:
+def bounds(
+    race: Race, shape: Shape, modes: tuple[str, ...], peaks: dict[str, float]
+) -> dict[str, dict[str, Any]]:
     """What each mode has to compute and move and, where the peaks are known, the least seconds."""
     found: dict[str, dict[str, Any]] = {}
-    for mode in race.modes:
+    for mode in modes:
         work = race.work(shape, mode)
         found[mode] = {"operations": work.operations, "bytes": work.bytes}
         if peaks:
@@ -210,10 +227,13 @@ def run(
     """
     device = torch.device(options.device)
     fields = {op: field(bench.load(op), against, device) for op in shapes}
+    for op in shapes:
+        timed(bench.load(op), options)
     task = {"what": "facts", "threads": options.threads, "peak": options.peak}
     (found,) = events(task, options)
     raced = {v.peer for op in shapes for v in bench.load(op).variants(device).values()}
     absent = {who: why for _, missing in fields.values() for who, why in missing.items()}
+    unraced = {who: why for op in shapes for who, why in bench.load(op).unraced.items()}
     none = f"nothing of {', '.join(shapes)} races it on {device} yet"
     report: dict[str, Any] = {
         "fastrl": found["versions"].get("fastrl"),
@@ -221,9 +241,10 @@ def run(
         "command": " ".join(["fastrl", *sys.argv[1:]]),
         "device": options.device,
         "threads": options.threads,
+        "clock": "CPU time" if options.cpu_time else "wall",
         "environment": options.environment,
         **found,
-        "missing": absent | {p: none for p in against or () if p not in raced},
+        "missing": absent | {p: none for p in against or () if p not in raced} | unraced,
         "points": list(before),
     }
     yield report
@@ -239,7 +260,7 @@ def run(
         else:
             begin(op, shape)
             result = run_point(race, shape, fields[op][0], options, slow[op])
-        result["bounds"] = bounds(race, shape, found["peaks"])
+        result["bounds"] = bounds(race, shape, timed(race, options), found["peaks"])
         report["points"].append(result)
         yield report
 

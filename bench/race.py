@@ -18,12 +18,14 @@ class Variant:
 
     What is ``compiled`` is so at the first call at full size, which is not part of its memory. What
     is ``costly`` (compiled, or very slow) runs on a CPU only where its peer is asked for by name.
+    It is not timed in the modes that it is ``without``.
     """
 
     function: Callable[..., Any]
     peer: str = "fastrl"
     compiled: bool = False
     slow: bool = False
+    without: tuple[str, ...] = ()
 
     @property
     def costly(self) -> bool:
@@ -81,6 +83,8 @@ class Race(ABC):
     modes: tuple[str, ...] = (FORWARD, BOTH)
     # Parts by name, and the variant that adds each to the one before; the first is the start.
     ladder: Mapping[str, str] = MappingProxyType({})
+    # Peers by name that should be raced and are not, and why.
+    unraced: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def variants(self, device: torch.device) -> dict[str, Variant]:
@@ -105,6 +109,12 @@ class Race(ABC):
     def before(self, variant: Variant, inputs: Any, mode: str) -> Any:
         """Inputs of one call where a call spoils them; its time does not count."""
         return inputs
+
+    def figures(
+        self, variant: Variant, inputs: Any, shape: Shape, seconds: Mapping[str, float]
+    ) -> dict[str, float]:
+        """What follows from a variant's best ``seconds`` by mode, or was counted, by column."""
+        return {}
 
     def small(self, shape: Shape) -> Shape:
         """A shape of the same kind whose call loads what is loaded once, before memory is taken."""

@@ -34,7 +34,8 @@ def show_start(report: dict, console: Console) -> None:
         highlight=False,
     )
     console.print(
-        "ms: median; 20-80%: of 3 rounds and more; x: times ours; peak: share of what the machine "
+        f"ms: {'' if report['clock'] == 'wall' else 'CPU time, '}median; 20-80%: of 3 rounds and "
+        "more; x: times ours; peak: share of what the machine "
         "can do; +MB: memory that the call takes",
         style="dim",
         highlight=False,
@@ -60,6 +61,7 @@ def show_point(result: dict, console: Console) -> None:
         table = _table(result, columns)
     if table.row_count:
         console.print(table)
+    show_figures(result["variants"], console)
     for mode in result["bounds"]:
         if factors := ladder(result, mode):
             start = next(iter(bench.load(result["op"]).ladder))
@@ -71,6 +73,22 @@ def show_point(result: dict, console: Console) -> None:
             if kind in of:
                 style = "red" if kind == "wrong" else "dim"
                 console.print(f"  {name} {kind}: {of[kind]}", style=style, markup=False)
+
+
+def show_figures(variants: dict[str, dict], console: Console) -> None:
+    """Prints what follows from the best rounds: a row a variant, a column a figure."""
+    names = list(dict.fromkeys(n for of in variants.values() for n in of.get("figures", {})))
+    if not names:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("best rounds", min_width=12, overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right")
+    for variant, of in variants.items():
+        if found := of.get("figures"):
+            cells = (figure(found[name]) if name in found else "" for name in names)
+            table.add_row(variant, *cells, style="bold" if of["peer"] == "fastrl" else None)
+    console.print(table)
 
 
 def _table(result: dict, columns: list[str]) -> Table:
@@ -172,9 +190,10 @@ def compare(old: dict, new: dict) -> Comparison:
     ``verdict`` is "slower", "faster" or "same", and "wrong" for what was timed and now fails its
     gate. ValueError where the reports are of machines or settings that cannot be compared.
     """
-    for key in ("device", "threads", "isa"):
-        if old.get(key) != new.get(key):
-            raise ValueError(f"the old report has {key}={old.get(key)!r}, this is {new.get(key)!r}")
+    for key, usual in (("device", None), ("threads", None), ("isa", None), ("clock", "wall")):
+        was, now = old.get(key, usual), new.get(key, usual)
+        if was != now:
+            raise ValueError(f"the old report has {key}={was!r}, this is {now!r}")
     for key in ("cpu", "family", "gpu"):
         if old["machine"].get(key) != new["machine"].get(key):
             raise ValueError(

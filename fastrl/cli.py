@@ -162,6 +162,9 @@ def bench(
     shape: Annotated[
         list[str] | None, typer.Option(help="A shape of one op: N=64,dtype=float32. Repeatable.")
     ] = None,
+    modes: Annotated[
+        str | None, typer.Option(help="With commas: only these of forward, both, generate, ...")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures, after every shape.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the times.")] = None,
     compare: Annotated[
@@ -191,6 +194,10 @@ def bench(
     silence: Annotated[
         float | None, typer.Option(help="Seconds after which a call counts as hanging.")
     ] = None,
+    cpu_time: Annotated[
+        bool,
+        typer.Option("--cpu-time", help="Count seconds on a core: where others use the machine."),
+    ] = False,
     memory: Annotated[bool, typer.Option(help="Measure the memory of each variant.")] = True,
     peak: Annotated[bool, typer.Option(help="Measure what the machine can do, first.")] = True,
 ) -> None:
@@ -208,7 +215,7 @@ def bench(
     try:
         chosen = command.options(
             device, threads, isa, quick, seconds=seconds, rounds=rounds, limit=limit, pause=pause,
-            silence=silence, memory=memory, peak=peak,
+            silence=silence, memory=memory, peak=peak, cpu_time=cpu_time, modes=modes,
         )  # fmt: skip
         old = None if compare is None else command.read(compare)
         where = torch.device(chosen.device)

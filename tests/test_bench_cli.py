@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -92,6 +93,11 @@ def test_statistics_by_hand():
     assert found == {"median": 3.5, "p20": 2.0, "p80": 5.0, "best": 1.0, "rounds": 6}
 
 
+def test_cpu_time_leaves_waiting_out():
+    assert measure.seconds(lambda: time.sleep(0.2), CPU) >= 0.2
+    assert measure.seconds(lambda: time.sleep(0.2), CPU, cpu_time=True) < 0.1
+
+
 def test_turns_are_interleaved():
     order = []
 
@@ -160,6 +166,7 @@ def test_a_run_writes_what_it_shows(written):
     assert 0 < times["best"] <= times["p20"] <= times["median"] <= times["p80"]
     assert found["machine"]["torch"] == torch.__version__ and found["versions"]["fastrl"]
     assert found["threads"] >= 1 and found["environment"]["OMP_NUM_THREADS"]
+    assert found["clock"] == "wall"
     assert "nothing of scan races it on cpu yet" in found["missing"]["openvino"]
     for words in ("scan: B=3 T=17", "inline loop", "without openvino", "GB/s"):
         assert words in output
@@ -224,6 +231,7 @@ def test_what_turned_wrong_is_a_regression_and_a_slower_peer_is_none():
     ("change", "message"),
     [
         (lambda r: r.update(threads=1), "threads=1"),
+        (lambda r: r.update(clock="CPU time"), "clock='CPU time', this is 'wall'"),
         (lambda r: r["machine"].update(cpu="another"), "another machine: cpu 'another'"),
         (lambda r: r["points"][0]["shape"].update(B=9), "no variant of a shape in common"),
     ],
@@ -301,6 +309,7 @@ def test_shapes_from_an_option_a_grid_and_an_old_report():
         (["--resume"], "--resume goes with the --json file"),
         (["--isa", "sse"], "--isa 'sse' is not one of generic"),
         (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["scan", "--modes", "both"], "--modes 'both': scan has forward"),
         (["--compare", "pyproject.toml"], "is not a report of fastrl bench --json"),
     ],
 )
