@@ -104,6 +104,7 @@ def compare(kind: str, vocabulary: int, options: argparse.Namespace) -> dict:
     if not gap < 1e-4:
         raise SystemExit(f"{kind}, V={vocabulary}: losses differ by {gap:.2g}")
     row = {"kind": kind, "vocabulary": vocabulary, "loss_gap": gap}
+    row |= {name: getattr(options, name) for name in ("steps", "rounds", "threads")}
     for variant, results in runs.items():
         for clock in ("wall", "cpu"):
             median = statistics.median(t for r in results for t in r[clock])
@@ -126,6 +127,8 @@ def main():
         kind, vocabulary, variant, steps = options.task
         print(json.dumps(run(kind, int(vocabulary), variant, int(steps))))
         return
+    from fastrl.bench import measure
+
     rows = []
     print("             V | wall ms: plain patched ratio | cpu ms: plain patched ratio | MB: plain")
     for vocabulary in options.vocabularies:
@@ -138,11 +141,9 @@ def main():
                 text += f" |{plain:15.0f}{patched:8.0f}{plain / patched:6.2f}"
             text += f" |{row['plain_mb']:9.0f} patched {row['patched_mb']:.0f}"
             print(f"{text}, losses to {row['loss_gap']:.1g}", flush=True)
-    if options.json:
-        from fastrl.bench import measure
-
-        facts = {"machine": measure.machine(), "rows": rows}
-        options.json.write_text(json.dumps(facts, indent=2) + "\n")
+            if options.json:  # each time: a run takes long
+                facts = {"machine": measure.machine(), "rows": rows}
+                options.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

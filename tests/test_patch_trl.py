@@ -17,7 +17,8 @@ from trl.trainer import utils
 
 import fastrl
 from fastrl.integrations import PatchError
-from fastrl.integrations.trl import STATISTICS, rollout_func
+from fastrl.integrations.trl import rollout_func
+from fastrl.integrations.trl.lm_head import STATISTICS
 from fastrl.kernels import native
 from fastrl.models import completion_logprobs
 
@@ -42,6 +43,7 @@ def test_what_is_replaced():
         "utils.selective_log_softmax_and_entropy",
         "GRPOTrainer._get_per_token_logps_and_entropies",
         "RLOOTrainer._get_per_token_logps_and_entropies",
+        "DPOTrainer._compute_loss",
         "cpo_trainer.selective_log_softmax",
     )
     before = utils.selective_log_softmax
@@ -193,13 +195,106 @@ def test_sampling_trainers(tmp_path, kind, options):
 
 
 @needs_kernels
-def test_dpo(tmp_path):
-    want = trl_runs.losses(trl_runs.preferences(tmp_path / "a", use_weighting=True))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_weighting": True},
+        {"loss_type": ["ipo", "sft"], "ld_alpha": 0.5, "gradient_checkpointing": False},
+        # prompts cut short, so that those of several pairs are the same
+        {"max_length": 6, "truncation_mode": "keep_end", "gradient_accumulation_steps": 2},
+        {"precompute_ref_log_probs": True},
+    ],
+)
+def test_dpo(tmp_path, options):
+    want = trl_runs.losses(trl_runs.preferences(tmp_path / "a", **options))
     with fastrl.patch("trl"), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs as without fastrl")
-        got = trl_runs.losses(trl_runs.preferences(tmp_path / "b", use_weighting=True))
+        got = trl_runs.losses(trl_runs.preferences(tmp_path / "b", **options))
     assert want[-1][0] < want[0][0]
     close(want, got)
+
+
+def adapted(folder, **lora):
+    """The tiny model with adapters, for trainers whose reference is the model without them."""
+    torch.manual_seed(0)
+    model = trl_runs.on_disk(folder, trl_runs.character_tokenizer(trl_runs.ALPHABET))
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **lora)
+    return get_peft_model(model, config)
+
+
+@needs_kernels
+def test_dpo_of_adapters(tmp_path):
+    want = trl_runs.losses(trl_runs.preferences(tmp_path / "a", model=adapted(tmp_path)))
+    with fastrl.patch("trl"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs as without fastrl")
+        got = trl_runs.losses(trl_runs.preferences(tmp_path / "b", model=adapted(tmp_path)))
+    assert all(norm > 1e-3 for _, norm in want)
+    close(want, got)
+
+
+def pairs(trainer):
+    """The inputs of a batch: prompts of 2, 5 and 5 tokens, completions of 1 to 3."""
+    rows = [([5, 6], [7, 8, 9], [9]), ([6] * 5, [7], [8, 8]), ([6] * 5, [5, 5], [9, 7])]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return trainer.data_collator([dict(zip(names, row, strict=True)) for row in rows])
+
+
+@needs_kernels
+def test_prompts_of_pairs_are_computed_once(tmp_path, patched):
+    trainer = trl_runs.preferences(tmp_path)
+    trainer.model.train()
+    inputs, seen = pairs(trainer), []
+    want = patched.replaced["trl.trainer.dpo_trainer.DPOTrainer._compute_loss"].original(
+        trainer, trainer.model, inputs, False
+    )
+    trainer._compute_loss(trainer.model, inputs, False)  # compares
+    for model in (trainer.model, trainer.ref_model):
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda *a: seen.append(a[2].shape[:-1].numel()))
+    got = trainer._compute_loss(trainer.model, inputs, False)
+    # 2 tokens, and of each completion all but the last; 5 for two pairs of one prompt
+    assert seen == [2 + (2 + 0) + 5 + (0 + 1 + 1 + 1)] * 2
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert got.requires_grad
+    assert len(trainer._metrics["train"]["logps/chosen"]) == 3  # not those of the comparison
+    assert all("forward" not in vars(m.model) for m in (trainer.model, trainer.ref_model))
+
+
+@needs_kernels
+def test_a_pair_that_shares_wrongly_is_found(tmp_path, patched, monkeypatch):
+    from fastrl.integrations.trl import prompts
+
+    real = prompts.pack_groups
+
+    def swapped(*rows, **options):
+        packed = real(*rows, **options)
+        return packed._replace(input_ids=packed.input_ids.roll(1))
+
+    monkeypatch.setattr(prompts, "pack_groups", swapped)
+    trainer = trl_runs.preferences(tmp_path)
+    trainer.model.train()
+    with pytest.raises(PatchError, match=r"DPOTrainer\._compute_loss: fastrl's output \d differs"):
+        trainer._compute_loss(trainer.model, pairs(trainer), False)
+    assert not trainer._metrics["train"]
+
+
+@needs_kernels
+def test_pairs_that_cannot_share_run_as_before(tmp_path):
+    trainer = trl_runs.preferences(tmp_path)
+    inputs = pairs(trainer)
+    left = {name: x.flip(1) for name, x in inputs.items()}
+    gaps = inputs | {"completion_mask": inputs["completion_mask"].clone()}
+    gaps["completion_mask"][0, 3] = 0
+    wrapped = torch.nn.DataParallel(trainer.model)
+    for model, given, why in (
+        (trainer.model, left, "padded on the left"),
+        (trainer.model, gaps, "not a prompt and a completion"),
+        (wrapped, inputs, "wrapped in DataParallel"),
+    ):
+        want = trainer._compute_loss(model, given, False)
+        with fastrl.patch("trl"), pytest.warns(RuntimeWarning, match=why):
+            got = trainer._compute_loss(model, given, False)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 @pytest.fixture
@@ -285,12 +380,7 @@ def test_what_cannot_share_runs_as_before(trainer):
 
 @needs_kernels
 def test_lora_with_dropout_and_autocast(tmp_path, patched):
-    tokenizer = trl_runs.character_tokenizer(trl_runs.ALPHABET)
-    torch.manual_seed(0)
-    model = get_peft_model(
-        trl_runs.on_disk(tmp_path, tokenizer),
-        LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.3, task_type="CAUSAL_LM"),
-    )
+    model = adapted(tmp_path, lora_dropout=0.3)
     trainer = trl_runs.sampler("grpo", tmp_path, 1, model=model, bf16=True, beta=0.0)
     ((loss, norm),) = trl_runs.losses(trainer)
     assert math.isfinite(loss) and norm > 0

@@ -27,7 +27,7 @@ from fastrl.train.algorithms.demonstrations import sft
 from fastrl.train.optimizer import Optimizer
 from fastrl.train.report import summarise, write_report
 from fastrl.train.tracking import read_jsonl
-from fastrl.train.update import accumulate
+from fastrl.train.update import accumulate, merge
 
 
 def test_a_run_and_what_it_leaves(recipe, tmp_path):
@@ -92,6 +92,31 @@ def test_grpo_learns(recipe, tmp_path, monkeypatch):
     rows = steady(train.run(parse_config(recipe), tmp_path / "run"))
     assert rows[0]["reward"] < 0.3 and rows[-1]["reward"] > 0.8
     assert any(r["approx_kl"] > 0 for r in rows)
+
+
+def test_a_step_logs_the_mean_over_its_updates(recipe, tmp_path, monkeypatch):
+    taken = []
+
+    def apply(*args, **kwargs):
+        figures, finite = real(*args, **kwargs)
+        taken.append(figures)
+        return figures, finite
+
+    real = loop.apply
+    monkeypatch.setattr(loop, "apply", apply)
+    size = {"prompts_per_step": 8, "group_size": 8, "updates_per_batch": 3, "steps": 1}
+    recipe["stages"] = {"grpo": size | {"optimizer": {"lr": 1e-2}}}
+    (row,) = steady(train.run(parse_config(recipe), tmp_path / "run"))
+    assert len(taken) == 3 and taken[0]["approx_kl"] < taken[2]["approx_kl"]
+    for name in taken[0]:
+        values = [figures[name] for figures in taken]
+        want = max(values) if name.endswith("_max") else sum(values) / 3
+        assert row[name] == pytest.approx(want, rel=1e-9), name
+
+
+def test_merged_metrics():
+    steps = [{"loss": 1.0, "ratio_max": 3.0, "reward": 5.0}, {"loss": 4.0, "ratio_max": 2.0}]
+    assert merge(steps) == {"loss": 2.5, "ratio_max": 3.0, "reward": 5.0}
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5])

@@ -144,6 +144,13 @@ int64_t tokens_at_once(const LinearArgs& a) {
   return std::min({kTokens, std::max<int64_t>(kTokenBytes / bytes / kPanel, 1) * kPanel, a.rows});
 }
 
+// As many as have enough to multiply: two million products take some tens of microseconds, as does
+// waking a thread, and on a busy machine it is a time slice until that thread runs.
+inline int worth_waking(const LinearArgs& a, int threads) {
+  const int64_t worth = a.rows * a.width * a.vocab >> 21;
+  return static_cast<int>(std::clamp<int64_t>(worth, 1, threads));
+}
+
 // Pairs need both operands in bf16, and rows that end on a pair.
 [[maybe_unused]] inline bool use_pairs(const LinearArgs& a) {
   return a.hidden_type == Float::bf16 && a.weight_type == Float::bf16 && a.width % 2 == 0;

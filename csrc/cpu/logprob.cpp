@@ -76,6 +76,7 @@ void forward(const LogprobForwardArgs& args, int threads) {
 }  // namespace
 
 void linear_logprob_fwd(const LogprobForwardArgs& args, int threads) {
+  threads = worth_waking(args.linear, threads);
 #ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
     return forward<Pairs>(args, threads);
@@ -85,6 +86,7 @@ void linear_logprob_fwd(const LogprobForwardArgs& args, int threads) {
 }
 
 void linear_logprob_bwd(const LogprobBackwardArgs& args, int threads) {
+  threads = worth_waking(args.linear, threads);
 #ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
     return Backward<Pairs>(args, threads).run();

@@ -247,6 +247,7 @@ class Sampler {
 }  // namespace
 
 void linear_sample(const SampleArgs& args, int threads) {
+  threads = worth_waking(args.linear, threads);
 #ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
     return Sampler<Pairs>(args, threads).run();
