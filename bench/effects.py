@@ -23,6 +23,7 @@ from fastrl.bench.learning import AVERAGED, Run, train_all, warm_start
 from fastrl.reward.reasoning_gym import make_problems
 from fastrl.train import Config, loop
 from fastrl.train.batches import Batch, pad_batch
+from fastrl.train.scoring import Scorer, frozen_scores
 
 Change = tuple[float | None, float]  # before, where there is such a figure, and after
 
@@ -31,7 +32,8 @@ Change = tuple[float | None, float]  # before, where there is such a figure, and
 class Figure:
     """A figure of a run: what it is called, where it is found, and in what it is counted.
 
-    key is a metric, of the last stage where no other is named, or one of `Pairs`, `pairs/...`.
+    key is a metric, of the last stage where no other is named, or one of `Pairs`: `policy/...` of
+    the policies before and after, `scores/...` of the reward model.
     """
 
     label: str
@@ -49,10 +51,12 @@ class Figure:
 
 
 ACCURACY = Figure("greedy accuracy", "eval/accuracy", percent=True)
-TOLD = Figure("pairs told apart", "pairs/accuracy", percent=True)
-MARGIN = Figure("log-ratio of a pair", "pairs/margin")
-CHOSEN = Figure("log-prob of the chosen", "pairs/chosen")
-REJECTED = Figure("of the rejected", "pairs/rejected")
+TOLD = Figure("pairs told apart", "policy/accuracy", percent=True)
+MARGIN = Figure("log-ratio of a pair", "policy/margin")
+CHOSEN = Figure("log-prob of the chosen", "policy/chosen")
+REJECTED = Figure("of the rejected", "policy/rejected")
+RANKED = Figure("held-out pairs ranked rightly", "scores/accuracy", percent=True)
+CENTRE = Figure("mean score of a pair", "scores/centre")
 FAMILY = (TOLD, MARGIN, CHOSEN, REJECTED, ACCURACY)
 
 
@@ -73,7 +77,7 @@ EFFECTS: dict[str, Effect] = {
     "ipo": Effect(
         "ipo",
         "the gap per token is drawn to 1 / (2 beta) = 2.5 above the warm start's",
-        (TOLD, Figure("log-ratio per token", "pairs/gap"), CHOSEN, ACCURACY),
+        (TOLD, Figure("log-ratio per token", "policy/gap"), CHOSEN, ACCURACY),
     ),
     "slic": Effect("slic", "no push beyond the hinge, at a log-ratio of 1 / beta = 5 more"),
     "exo": Effect("exo", "as DPO, which it is at the optimum"),
@@ -82,7 +86,7 @@ EFFECTS: dict[str, Effect] = {
     "simpo": Effect(
         "simpo",
         "the gap per token passes gamma / beta = 0.5, without a reference",
-        (TOLD, Figure("log-ratio per token", "pairs/gap"), CHOSEN, ACCURACY),
+        (TOLD, Figure("log-ratio per token", "policy/gap"), CHOSEN, ACCURACY),
     ),
     "orpo": Effect("orpo", "the chosen becomes likelier and the rejected less, in one stage"),
     "robust_dpo": Effect("robust_dpo", "three in ten pairs are the wrong way round: unharmed"),
@@ -98,11 +102,24 @@ EFFECTS: dict[str, Effect] = {
         "reward",
         "a reward model that ranks held-out answers, and a policy that the verifier rates higher",
         (
-            Figure("held-out pairs ranked rightly", "eval/pair_accuracy", "reward", percent=True),
+            RANKED,
+            CENTRE,
             Figure("learned reward", "reward"),
             Figure("its correlation with the verifier", "gold_correlation"),
             ACCURACY,
         ),
+    ),
+    "reward, not centred": Effect(
+        "reward",
+        "ranks as well, but scores are free to drift",
+        (RANKED, CENTRE),
+        ("stages.reward.centering=0", "stages.grpo=null"),
+    ),
+    "reward, classification": Effect(
+        "reward",
+        "orders as Bradley-Terry does, each answer judged by itself",
+        (RANKED, CENTRE),
+        ("stages.reward.loss=classification", "stages.reward.centering=0", "stages.grpo=null"),
     ),
     "reward_model": Effect(
         "reward_model",
@@ -156,11 +173,20 @@ class Pairs:
         averages = sums / mask.sum(-1)
         chosen, rejected = sums[::2], sums[1::2]
         return {
-            "pairs/accuracy": float((chosen > rejected).double().mean()),
-            "pairs/margin": float((chosen - rejected).mean()),
-            "pairs/gap": float((averages[::2] - averages[1::2]).mean()),
-            "pairs/chosen": float(chosen.mean()),
-            "pairs/rejected": float(rejected.mean()),
+            "policy/accuracy": float((chosen > rejected).double().mean()),
+            "policy/margin": float((chosen - rejected).mean()),
+            "policy/gap": float((averages[::2] - averages[1::2]).mean()),
+            "policy/chosen": float(chosen.mean()),
+            "policy/rejected": float(rejected.mean()),
+        }
+
+    def scores(self, reward: Path) -> dict[str, float]:
+        """What a saved reward model makes of the pairs."""
+        scorer = Scorer(models.load_scorer(str(reward)), None, self.shared_prefix)
+        chosen, rejected = frozen_scores(scorer, self.batch, 1024).double().view(-1, 2).unbind(1)
+        return {
+            "scores/accuracy": float((chosen > rejected).double().mean()),
+            "scores/centre": float((chosen + rejected).mean() / 2),
         }
 
 
@@ -184,17 +210,19 @@ def change(history: list[dict], figure: Figure) -> Change:
 
 def measure(run: Run, effect: Effect, pairs: Pairs | None) -> dict[str, Change]:
     """The figures of a run that is complete."""
-    found: dict[str, Change] = {}
+    kinds = {figure.key.partition("/")[0] for figure in effect.figures}
     history = run.history()
-    sides: list[dict[str, float]] = []
-    for figure in effect.figures:
-        if not figure.key.startswith("pairs/"):
-            found[figure.label] = change(history, figure)
-            continue
-        assert pairs is not None and run.start is not None
-        sides = sides or [pairs.figures(r.folder / "final") for r in (run.start, run)]
-        found[figure.label] = sides[0][figure.key], sides[1][figure.key]
-    return found
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+    if pairs is not None and run.start is not None and "policy" in kinds:
+        before = pairs.figures(run.start.folder / "final")
+        after = pairs.figures(run.folder / "final")
+    if pairs is not None and "scores" in kinds:
+        after |= pairs.scores(run.folder / "final-reward")
+    return {
+        f.label: (before.get(f.key), after[f.key]) if f.key in after else change(history, f)
+        for f in effect.figures
+    }
 
 
 def row(name: str, effect: Effect, found: dict[str, Change], seconds: float) -> str:
@@ -264,7 +292,7 @@ def main() -> None:
     print("|---|---|---|---|")
     for name, run in runs.items():
         effect = EFFECTS[name]
-        if pairs is None and any(f.key.startswith("pairs/") for f in effect.figures):
+        if pairs is None and any(f.key.startswith(("policy/", "scores/")) for f in effect.figures):
             pairs = Pairs(Run("dpo", options.seed, (), options.out, start).config())
         found = measure(run, effect, pairs)
         seconds = sum(m["seconds"] for m in run.metrics())

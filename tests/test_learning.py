@@ -17,6 +17,7 @@ from fastrl.bench.effects import Effect, Figure, Pairs
 from fastrl.bench.inverse_rl import Judge
 from fastrl.bench.learning import Run
 from fastrl.train import load_recipe, loop
+from fastrl.train.setup import padding
 
 SMALL = [
     "stages.sft.steps=1",
@@ -126,7 +127,8 @@ def test_what_a_policy_makes_of_held_out_pairs(tmp_path):
     small = ["data.reasoning_gym.size=4", "data.reasoning_gym.eval_size=5"]
     setup = loop.prepare(load_recipe("dpo", small))
     models.save_pretrained(setup.policy, setup.tokenizer, tmp_path)
-    got = Pairs(setup.config).figures(tmp_path)
+    pairs = Pairs(setup.config)
+    got = pairs.figures(tmp_path)
     sums = []
     for example in setup.held_out:
         for completion in example.ranked_ids:
@@ -135,15 +137,26 @@ def test_what_a_policy_makes_of_held_out_pairs(tmp_path):
                 logprobs = setup.policy(input_ids=ids).logits.double().log_softmax(-1)
             at = range(len(example.prompt_ids) - 1, ids.shape[1] - 1)
             sums.append((sum(float(logprobs[0, i, ids[0, i + 1]]) for i in at), len(completion)))
-    pairs = list(zip(sums[::2], sums[1::2], strict=True))
+    two = list(zip(sums[::2], sums[1::2], strict=True))
     want = {
-        "accuracy": sum(a > b for (a, _), (b, _) in pairs) / 5,
-        "margin": sum(a - b for (a, _), (b, _) in pairs) / 5,
-        "gap": sum(a / n - b / m for (a, n), (b, m) in pairs) / 5,
-        "chosen": sum(a for (a, _), _ in pairs) / 5,
-        "rejected": sum(b for _, (b, _) in pairs) / 5,
+        "accuracy": sum(a > b for (a, _), (b, _) in two) / 5,
+        "margin": sum(a - b for (a, _), (b, _) in two) / 5,
+        "gap": sum(a / n - b / m for (a, n), (b, m) in two) / 5,
+        "chosen": sum(a for (a, _), _ in two) / 5,
+        "rejected": sum(b for _, (b, _) in two) / 5,
     }
-    assert got == {f"pairs/{k}": pytest.approx(v, abs=1e-5) for k, v in want.items()}
+    assert got == {f"policy/{k}": pytest.approx(v, abs=1e-5) for k, v in want.items()}
+    scorer = models.build_scorer(setup.policy, padding(setup), seed=1).eval()
+    models.save_pretrained(scorer, setup.tokenizer, tmp_path / "scorer")
+    with torch.no_grad():
+        scores = [
+            float(scorer(input_ids=torch.tensor([e.prompt_ids + c])).logits)
+            for e in setup.held_out
+            for c in e.ranked_ids
+        ]
+    right = sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True)) / 5
+    want = {"scores/accuracy": right, "scores/centre": pytest.approx(sum(scores) / 10, abs=1e-5)}
+    assert pairs.scores(tmp_path / "scorer") == want
 
 
 def test_every_effect_is_of_a_recipe_and_its_settings_hold(tmp_path):
