@@ -71,7 +71,7 @@ class Effect:
     whole: bool = False  # it does not begin with the warm start of the default task
 
 
-FLIPPED = "data.reasoning_gym.flips=0.3"
+FLIPPED = ("data.reasoning_gym.flips=0.3", "stages.dpo.beta=0.5")  # as in robust_dpo
 EFFECTS: dict[str, Effect] = {
     "dpo": Effect("dpo", "the margin grows without end, the chosen's likelihood falls too"),
     "ipo": Effect(
@@ -89,9 +89,14 @@ EFFECTS: dict[str, Effect] = {
         (TOLD, Figure("log-ratio per token", "policy/gap"), CHOSEN, ACCURACY),
     ),
     "orpo": Effect("orpo", "the chosen becomes likelier and the rejected less, in one stage"),
-    "robust_dpo": Effect("robust_dpo", "three in ten pairs are the wrong way round: unharmed"),
+    "robust_dpo": Effect(
+        "robust_dpo", "three in ten pairs are the wrong way round: the margin grows all the same"
+    ),
     "dpo, flipped": Effect(
-        "dpo", "the same pairs without the correction: the margin stops early", settings=(FLIPPED,)
+        "dpo",
+        "the same pairs without the correction: the log-ratio stops log(0.7 / 0.3) / beta = 1.7 "
+        "above the warm start's",
+        settings=FLIPPED,
     ),
     "iterated_dpo": Effect(
         "iterated_dpo",
