@@ -114,6 +114,9 @@ EFFECTS: dict[str, Effect] = {
             ACCURACY,
         ),
     ),
+    "reward, alone": Effect(
+        "reward", "the reward model without the policy", (RANKED, CENTRE), ("stages.grpo=null",)
+    ),
     "reward, not centred": Effect(
         "reward",
         "ranks as well, but scores are free to drift",
@@ -131,7 +134,7 @@ EFFECTS: dict[str, Effect] = {
         "eight answers ranked as the verifier grades them (Plackett-Luce)",
         (
             Figure("pairs of a training batch", "accuracy", percent=True),
-            Figure("best above worst, held out", "eval/pair_accuracy", percent=True),
+            Figure("held-out pairs", "eval/pair_accuracy", percent=True),
         ),
         whole=True,
     ),
