@@ -27,7 +27,6 @@ from fastrl.bench.learning import Run, accuracy_curve, train_all
 from fastrl.rollout import Engine, RolloutEngine, Rollouts, SamplingParams
 from fastrl.train import loop
 from fastrl.train.batches import Batch
-from fastrl.train.recipe import load_recipe
 from fastrl.train.scoring import Scorer, frozen_scores
 
 SAMPLES = 16  # completions of each held-out prompt
@@ -45,26 +44,16 @@ METHODS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 
 
-def from_crowd(folder: Path) -> tuple[str, ...]:
-    """Settings of a recipe that starts from what the crowd's stage left."""
-    return (
-        "stages.crowd=null",
-        "model.alphabet=null",
-        "model.architecture=null",
-        f"model.path={folder / 'final'}",
-    )
-
-
 class Judge:
     """Completions of held-out prompts by the crowd's policy, and which of them are right."""
 
-    def __init__(self, crowd: Path, seed: int):
-        config = load_recipe("imitation", [f"seed={seed}", *from_crowd(crowd)])
+    def __init__(self, crowd: Run):
+        config = Run("imitation", crowd.seed, (), Path(), start=crowd).config()
         self.setup = setup = loop.prepare(config)
         sampling = SamplingParams(
             max_new_tokens=config.max_completion_length,
             eos_token_id=setup.tokenizer.eos_token_id,
-            seed=seed,
+            seed=crowd.seed,
         )
         self.sampling = sampling
         rollouts, self.right = self.sample(setup.engine)
@@ -131,9 +120,9 @@ def main() -> None:
         recipe, settings, _ = METHODS[method]
         for seed, crowd in crowds.items():
             folder = options.out / f"{method.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-            runs[method, seed] = Run(recipe, seed, (*from_crowd(crowd.folder), *settings), folder)
+            runs[method, seed] = Run(recipe, seed, settings, folder, start=crowd)
     train_all(runs.values(), options.jobs)
-    judges = {seed: Judge(crowd.folder, seed) for seed, crowd in crowds.items()}
+    judges = {seed: Judge(crowd) for seed, crowd in crowds.items()}
     starts = [accuracy_curve(crowd.metrics())[-1][1] for crowd in crowds.values()]
     print(
         "| method | greedy % | best greedy % | sampled % | pairs ranked rightly % | correlation | "

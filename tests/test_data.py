@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from fastrl.reward.reasoning_gym import make_problems, ranking, verifier
+from fastrl import models
+from fastrl.reward.reasoning_gym import make_flips, make_problems, ranking, verifier
 from fastrl.train import DataError, load_recipe, parse_config
 from fastrl.train.data import batch_indices, check_context, load_examples, read_rows
 
@@ -168,6 +169,24 @@ def test_rankings_by_kind():
     assert [len(text) for text in ranking("7", 4, 0)] == [1, 1, 2, 3]
     assert all(c.isdigit() or c == "=" for text in ranking("==", 3, 0) for c in text)
     assert ranking("aB", 2, 0)[1].isalpha() and ranking("aB", 2, 0)[1].lower() != "ab"
+
+
+def test_a_share_of_training_rankings_is_the_wrong_way_round():
+    rows = [{"prompt": str(i), "ranked": ["right", "wrong"]} for i in range(1000)]
+    assert make_flips(rows, 0.0, 0) == rows
+    assert all(row["ranked"] == ["wrong", "right"] for row in make_flips(rows, 1.0, 0))
+    some = make_flips(rows, 0.3, 0)
+    assert 250 < sum(row["ranked"][0] == "wrong" for row in some) < 350
+    assert some == make_flips(rows, 0.3, 0) != make_flips(rows, 0.3, 1)
+    small = ["data.reasoning_gym.size=40", "data.reasoning_gym.eval_size=20"]
+    flipped, plain = (
+        load_recipe("dpo", [*small, f"data.reasoning_gym.flips={share}"]) for share in (1.0, 0.0)
+    )
+    tokenizer = models.character_tokenizer(plain.model.alphabet)
+    train, held_out = load_examples(flipped, tokenizer)
+    as_they_are, held_out_too = load_examples(plain, tokenizer)
+    assert [e.ranked_ids[::-1] for e in train] == [e.ranked_ids for e in as_they_are]
+    assert held_out == held_out_too
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ def make_slips(rows: list[Problem], share: float, seed: int) -> list[Problem]:
     ]
 
 
+def make_flips(rows: list[Problem], share: float, seed: int) -> list[Problem]:
+    """The rows, of which a share has its ranking the wrong way round."""
+    chance = random.Random(f"flips {seed}")
+    return [
+        row | {"ranked": row["ranked"][::-1]} if chance.random() < share else row for row in rows
+    ]
+
+
 def make_problems(
     task: str,
     options: dict[str, Any],

@@ -133,6 +133,9 @@ class ReasoningGym(Section):
         le=1,
         description="share of training answers beyond data.demonstrations that are wrong by one",
     )
+    flips: float = Field(
+        0.0, ge=0, le=1, description="share of training rankings that are the wrong way round"
+    )
     ranked: int = Field(
         2, ge=2, description="completions of a ranking: the answer, and ever worse copies of it"
     )

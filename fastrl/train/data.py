@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastrl import installation
-from fastrl.reward.reasoning_gym import make_problems, make_slips
+from fastrl.reward.reasoning_gym import make_flips, make_problems, make_slips
 from fastrl.train import config as cfg
 from fastrl.train.stages import Reward
 
@@ -89,6 +89,7 @@ def load_examples(
         )
         some = config.data.demonstrations
         train = train[:some] + make_slips(train[some:] if some else [], gym.slips, gym.seed)
+        train = make_flips(train, gym.flips, gym.seed)
         source, eval_source = f"reasoning_gym {gym.task}", f"reasoning_gym {gym.task} (held out)"
     else:
         assert config.data.train_file is not None
