@@ -155,7 +155,8 @@ class Completions:
     def put(self, at: Tensor, drawn: Drawn) -> None:
         """Write what rows drew, from a place of the flattened `[B, T]` on for each."""
         many = drawn.token.shape[1]
-        places, made = at, None
+        places = at
+        made: Tensor | None = None
         if many > 1:
             ahead = torch.arange(many, device=at.device)
             made = ahead < drawn.count.unsqueeze(1)
