@@ -224,7 +224,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     console.print(ops)
     for missing in found["missing"]:
         console.print(
-            f"{missing['what']} is missing: {missing['get']}   (without it: {missing['costs']})",
+            f"missing: {missing['what']}; {missing['get']}   (without: {missing['costs']})",
             markup=False,
             highlight=False,
         )

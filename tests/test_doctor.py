@@ -38,7 +38,7 @@ def test_a_missing_package_comes_with_its_command_and_its_cost(monkeypatch):
     get = "pip install no_such_package"
     assert {"what": "no_such_package", "get": get, "costs": "it is slow"} in found
     output = " ".join(fastrl("doctor").output.split())
-    assert f"no_such_package is missing: {get} (without it: it is slow)" in output
+    assert f"missing: no_such_package; {get} (without: it is slow)" in output
 
 
 def test_the_command_for_a_package_is_what_the_extras_ask_for():

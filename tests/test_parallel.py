@@ -91,9 +91,10 @@ def all_weights(run):
 
 
 def check_equal(one, two):
+    """To rounding: a sharded model runs Hugging Face's layers where a whole one runs ours."""
     assert one.keys() == two.keys()
     for name, w in one.items():
-        assert torch.allclose(two[name], w, rtol=1e-4, atol=1e-5), (
+        assert torch.allclose(two[name], w, rtol=1e-4, atol=3e-5), (
             name,
             (two[name] - w).abs().max(),
         )

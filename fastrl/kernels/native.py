@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import warnings
 from functools import cache
 from types import ModuleType
@@ -36,9 +37,10 @@ def _load() -> tuple[ModuleType | None, str]:
         _C = importlib.import_module("fastrl._C")
     except ImportError as error:
         missing = importlib.util.find_spec("fastrl._C") is None
+        without = "install g++, then" if shutil.which("c++") is None else "now that there is one,"
         why = (
             "fastrl was installed without its compiled module (no C++ compiler at that time, or "
-            f"FASTRL_NATIVE=off); install g++, then {installation.rebuild()}"
+            f"FASTRL_NATIVE=off); {without} {installation.rebuild()}"
             if missing
             else f"the compiled module does not load: {error}"
         )
