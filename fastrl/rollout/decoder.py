@@ -247,7 +247,8 @@ class Decoder:
         )
         native.generate_cpu(self._model, args, scratch, threads())
         made = int(count.max())
-        return Drawn(*(x[:, :made] for x in drawing[2:]), count)
+        token, logprob, untruncated = (x[:, :made] for x in drawing[2:])
+        return Drawn(token, logprob, untruncated, count)
 
     def place(self, branches: Sequence[Branch]) -> tuple[Layout, Tensor]:
         """Where the next token of each branch goes; room is made for it."""

@@ -143,7 +143,7 @@ class RolloutEngine:
         if decoder is None:
             rows = HuggingFaceRows(backbone(self.model), self._device())
         else:
-            rows = (CpuRows if isinstance(decoder, Decoder) else NativeRows)(decoder, version)
+            rows = (NativeRows if isinstance(decoder, DeviceDecoder) else CpuRows)(decoder, version)
         was_training = self.model.training
         if decoder is None:  # others compute what it computes in eval mode
             self.model.eval()

@@ -58,7 +58,8 @@ class Turn:
     def once(self, hidden: Tensor) -> Drawn:
         """One token for each hidden state `[M, H]`."""
         drawn = draw(hidden, self.head, self.sampling, self.seeds, self.positions)
-        return Drawn(*(x.unsqueeze(1) for x in drawn), torch.ones_like(self.positions))
+        token, logprob, untruncated = (x.unsqueeze(1) for x in drawn)
+        return Drawn(token, logprob, untruncated, torch.ones_like(self.positions))
 
 
 class Rows(Protocol):
