@@ -139,8 +139,8 @@ def learning(runs: list[Run], stage: str) -> dict:
     return {"seeds": seeds, "accuracy": curves, "entropy": entropies, "seconds": seconds}
 
 
-def figure(curves: dict[str, list[list[tuple[int, float]]]], title: str) -> Figure:
-    """Accuracy over steps: for each name the mean of its runs, and the range as an area."""
+def figure(curves: dict[str, list[list[tuple[int, float]]]]) -> Figure:
+    """Accuracy over steps: for each name the mean over its seeds, and the range as an area."""
     columns = min(4, len(curves))
     rows = -(-len(curves) // columns)
     out = Figure(figsize=(3.0 * columns, 2.3 * rows + 0.5), layout="constrained")
@@ -152,12 +152,12 @@ def figure(curves: dict[str, list[list[tuple[int, float]]]], title: str) -> Figu
         values = list(zip(*([100 * a for _, a in run] for run in runs), strict=True))
         ax.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.25, linewidth=0)
         ax.plot(steps, [mean(v) for v in values])
-        ax.set_title(name, fontsize=10, loc="left")
+        seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        ax.set_title(f"{name}, {seeds}", fontsize=10, loc="left")
         ax.grid(alpha=0.3)
     grid[0, 0].set_ylim(0, 100)
     out.supxlabel("step", fontsize=9)
     out.supylabel("held-out accuracy, %", fontsize=9)
-    out.suptitle(title, x=0.01, ha="left", fontsize=10)
     return out
 
 
@@ -194,8 +194,7 @@ def main() -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
         curves = {last_stage(recipe): got["accuracy"] for recipe, got in report.items()}
-        title = f"seeds {' '.join(map(str, options.seeds))}: mean, smallest and largest"
-        figure(curves, title).savefig(options.plot, dpi=110)
+        figure(curves).savefig(options.plot, dpi=110)
 
 
 if __name__ == "__main__":
