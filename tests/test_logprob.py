@@ -222,6 +222,17 @@ def test_cpu_bits_depend_on_neither_batch_nor_threads(dtype):
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cpu_few_rows_have_the_bits_of_many(dtype):
+    """Each number of rows has a product of its own; the depth takes several slices and a rest."""
+    hidden, weight, target = problem(70, 333, 151, dtype)
+    many = linear_logprob(hidden, weight, target, entropy=True, impl="cpu")
+    for n in (1, 3, 7, 9, 16, 17, 33, 64):
+        few = linear_logprob(hidden[:n], weight, target[:n], entropy=True, impl="cpu")
+        assert all(torch.equal(a, b[:n]) for a, b in zip(few, many, strict=True))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("which", ["logprob", "all"])
 def test_cpu_workspace_changes_no_bit(dtype, which):
     """Nothing kept and a walk for each gradient, some blocks kept, all: with ignored rows."""
