@@ -139,7 +139,10 @@ def test_rope(size, dtype):
 def check_glu(size, activation, dtype, impl="cpu", device="cpu"):
     gate = draw(*size, dtype=dtype, scale=4.0).to(device)
     up = draw(*size, dtype=dtype, seed=1).to(device)
-    function = lambda impl, gate, up: glu(gate, up, activation=activation, impl=impl)  # noqa: E731
+
+    def function(impl, gate, up):
+        return glu(gate, up, activation=activation, impl=impl)
+
     check_as_exact_as_reference(impl, function, gate, up)
 
 
