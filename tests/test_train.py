@@ -11,6 +11,7 @@ from runs import same, steady, weights
 from safetensors.torch import load_file
 
 from fastrl import train
+from fastrl.kernels import native
 from fastrl.models import load_model
 from fastrl.rollout import RolloutEngine, SamplingParams
 from fastrl.train import (
@@ -205,6 +206,18 @@ def test_bfloat16_leaves_rotary_frequencies_in_float32(recipe):
     model = loop.prepare(parse_config(recipe)).policy
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in model.buffers()} == {torch.float32}
+
+
+def test_an_automatic_dtype_is_one_that_the_device_multiplies(recipe, tmp_path, monkeypatch):
+    recipe["model"]["dtype"] = "auto"
+    for fast, dtype in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(native, "multiplies_bf16", lambda device, fast=fast: fast)
+        setup = loop.prepare(parse_config(recipe))
+        assert setup.config.model.dtype == dtype
+        assert {p.dtype for p in setup.policy.parameters()} == {getattr(torch, dtype)}
+    run = train.run(parse_config(recipe), tmp_path / "run")
+    again = train.load_recipe(str(run / "config.yaml"))  # what a resumed run reads
+    assert again.model.dtype == "float32"
 
 
 def test_weights_that_are_not_finite_are_never_saved(recipe, tmp_path, monkeypatch):

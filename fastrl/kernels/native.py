@@ -150,6 +150,13 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions that multiply bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _module is not None and bool({"avx512_bf16", "amx"} & set(_module.cpu_isas()))
+
+
 def pointer(tensor: Tensor | None) -> int:
     """The address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

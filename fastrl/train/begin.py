@@ -54,7 +54,7 @@ def begin(setup: Setup, stage: Stage, name: str, folder: Path, checkpoint: Path 
     if origin is not None:
         earlier = _as_it_was(setup, folder, origin)
     if checkpoint is None and isinstance(stage, Distillation) and stage.teacher is None:
-        fresh = checkpoints.trainable(load_policy(setup.config, setup.tokenizer)[0])
+        fresh = checkpoints.trainable(load_policy(setup.config, setup.tokenizer, setup.device))
         for key, parameter in checkpoints.trainable(setup.policy).items():
             parameter.copy_(parallel.like(fresh[key], parameter))
         setup.engine.weights_changed()

@@ -91,7 +91,11 @@ class Model(Section):
     tokenizer: str | None = Field(
         None, description="directory or hub id; default: the model's path"
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32",
+        description="auto: bfloat16 where the device multiplies it; on other CPUs PyTorch emulates "
+        "it, several times slower than float32",
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     lora: Lora | None = None
     gradient_checkpointing: bool = False

@@ -47,7 +47,7 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
         if parallel.first(folder.exists):
             checkpoints.create_run(folder, config)  # raises: say so before loading anything
         setup = prepare(config)
-        parallel.first(lambda: checkpoints.create_run(folder, config))
+        parallel.first(lambda: checkpoints.create_run(folder, setup.config))
         if parallel.rank() == 0:
             (console or Console()).print(f"run {folder}", highlight=False, soft_wrap=True)
         return _train(setup, folder, Progress(), None, console)

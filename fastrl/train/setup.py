@@ -38,7 +38,8 @@ SHARED = (PolicyGradient, Preference, SPIN, RewardStage, AfD)
 class Setup:
     """What a recipe names, loaded and checked.
 
-    networks holds the policy and, once a stage has begun that trains one, scoring models by name.
+    config has the dtype that `auto` stood for. networks holds the policy and, once a stage has
+    begun that trains one, scoring models by name.
     """
 
     config: Config
@@ -65,6 +66,12 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Load and check everything that a recipe names, before any work is done or written."""
     check_trackers(config.trackers)
+    device = _device(config)
+    if config.model.dtype == "auto":
+        dtype = "bfloat16" if native.multiplies_bf16(device) else "float32"
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"dtype": dtype})}
+        )
     rewards = _rewards(config)
     tokenizer = _tokenizer(config)
     train, held_out = data.load_examples(config, tokenizer)
@@ -73,7 +80,7 @@ def prepare(config: Config) -> Setup:
         trial = train[:2]
         ids = [e.completion_ids or [] for e in trial]
         rewards.score(trial, tokenizer.batch_decode(ids, skip_special_tokens=True))
-    model, device = load_policy(config, tokenizer)
+    model = load_policy(config, tokenizer, device)
     stage: Any
     for name, stage in config.stages.items():
         for network in stage.scorers if stage.scorer_kind == "separate" else ():
@@ -147,10 +154,23 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return models.load_tokenizer(path)
 
 
+def _device(config: Config) -> torch.device:
+    """The device that the recipe names, which is there."""
+    name = config.model.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and parallel.size() > 1:
+        name = f"cuda:{parallel.local_rank()}"  # a GPU for each process
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device={config.model.device!r} cannot be used: {error}") from None
+
+
 def load_policy(
-    config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[nn.Module, torch.device]:
-    """The policy as a run begins with it, and the device that it is on."""
+    config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> nn.Module:
+    """The policy as a run begins with it."""
     settings = config.model
     dtype = getattr(torch, settings.dtype)
     if settings.architecture is not None:
@@ -161,16 +181,7 @@ def load_policy(
         assert settings.path is not None
         model = models.load_model(settings.path, dtype)
     models.check_vocabulary(model, tokenizer)
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and parallel.size() > 1:
-        name = f"cuda:{parallel.local_rank()}"  # a GPU for each process
-    try:
-        device = torch.device(name)
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device={settings.device!r} cannot be used: {error}") from None
+    model = model.to(device)
     # Parameters alone: rotary frequencies are buffers, and have to stay float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -179,7 +190,7 @@ def load_policy(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     models.verify_lm_head(model)
-    return model.train(), device
+    return model.train()
 
 
 def _shared_prefix(config: Config, model: nn.Module, device: torch.device) -> bool:
