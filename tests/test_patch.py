@@ -245,6 +245,23 @@ def test_other_gradients_raise(lab):
     assert x.grad is None
 
 
+def test_gradients_in_16_bits_are_compared_in_norm(lab):
+    def of_share(share):
+        def scaled(x, factor=2.0, *, root=False):
+            return factor * x.detach() + share * factor * (x - x.detach())
+
+        return entry(scaled)
+
+    x = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    with Patch("fastrl_lab", [of_share(0.75)]):
+        lab.scaled(x)
+    with (
+        Patch("fastrl_lab", [of_share(0.5)]),
+        pytest.raises(PatchError, match=r"gradient of x, in norm, differs .* torch\.bfloat16"),
+    ):
+        lab.scaled(x)
+
+
 def test_other_shapes_and_counts_raise(lab):
     def two(x, factor=2.0, *, root=False):
         return factor * x, x

@@ -1,6 +1,7 @@
 """Whether a replacement computes what the original does: values and gradients of one batch."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import Any
@@ -11,7 +12,10 @@ from torch import Tensor
 # Largest difference, as a share of the largest magnitude: of values (at least 1) and of gradients.
 # 16 bits are wide, as the originals round logits to them before the logsumexp.
 VALUES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-GRADIENTS = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+GRADIENTS = {torch.float64: 1e-3, torch.float32: 1e-3}
+# Of gradients in 16 bits the norm of the difference, as a share of the norm: the originals' own
+# were seen to be off by up to 0.13 (bf16, four layers), and what is wrong is off by about 1.
+NORMS = {torch.float16: 0.1, torch.bfloat16: 0.3}
 PIECE = 2**20  # elements compared at once
 
 
@@ -153,12 +157,26 @@ def compare(
             continue
         zeros = torch.zeros((), device=(a if a is not None else b).device)  # type: ignore[union-attr]
         a, b = torch.broadcast_tensors(zeros if a is None else a, zeros if b is None else b)
-        _check_close(name, f"gradient of {leaf}", a, b, GRADIENTS[dtype], 0.0, dtype)
+        if dtype in NORMS:
+            _check_norm(name, f"gradient of {leaf}, in norm,", a, b, NORMS[dtype], dtype)
+        else:
+            _check_close(name, f"gradient of {leaf}", a, b, GRADIENTS[dtype], 0.0, dtype)
 
 
 def _upstream(output: Tensor, seed: int) -> Tensor:
     steps = torch.arange(output.numel(), device=output.device, dtype=torch.float32)
     return torch.cos(steps + seed).view(output.shape).to(output.dtype)
+
+
+def _pieces(want: Tensor, got: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is finite in `want`, and the same of `got`, in float64.
+
+    In pieces: a gradient of an embedding in float64 would be the largest tensor of the step.
+    """
+    for a, b in zip(want.flatten().split(PIECE), got.flatten().split(PIECE), strict=True):
+        finite = torch.isfinite(a)
+        if finite.any():
+            yield a[finite].double(), b[finite].double()
 
 
 def _check_close(
@@ -171,15 +189,19 @@ def _check_close(
     dtype: torch.dtype,
 ) -> None:
     gaps, scales = [0.0], [floor]
-    # In pieces: a gradient of an embedding in float64 would be the largest tensor of the step.
-    for a, b in zip(want.flatten().split(PIECE), got.flatten().split(PIECE), strict=True):
-        finite = torch.isfinite(a)
-        a, b = a[finite].double(), b[finite].double()
-        if a.numel():
-            gaps.append((a - b).abs().max().item())
-            scales.append(a.abs().max().item())
+    for a, b in _pieces(want, got):
+        gaps.append((a - b).abs().max().item())
+        scales.append(a.abs().max().item())
     gap = torch.tensor(gaps).max().item()  # NaN if there is one
     _check(name, what, gap, tolerance * max(scales), dtype)
+
+
+def _check_norm(
+    name: str, what: str, want: Tensor, got: Tensor, tolerance: float, dtype: torch.dtype
+) -> None:
+    squares = [(((a - b) ** 2).sum().item(), (a**2).sum().item()) for a, b in _pieces(want, got)]
+    gap, scale = (math.sqrt(sum(column)) for column in zip((0.0, 0.0), *squares, strict=True))
+    _check(name, what, gap, tolerance * scale, dtype)
 
 
 def _check(name: str, what: str, gap: float, allowed: float, dtype: torch.dtype) -> None:
