@@ -102,9 +102,9 @@ class CMakeBuild(build_ext):
             raise SystemExit("cmake was not found; pip install cmake")
         ninja = tool("ninja")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # Of all that is compiled only bindings.cpp knows Python: wheels for several share the rest.
-        shared = self.build_temp.replace(f"-{sys.implementation.cache_tag}", "")
-        build = Path(shared).resolve() / "cmake"
+        # One folder for whatever is installed from here, of which only the bindings know Python:
+        # what has been compiled is so once.
+        build = ROOT / "build" / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         # A CMake from a build environment that is gone by now cannot be reused.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
