@@ -102,7 +102,7 @@ class CMakeBuild(build_ext):
             raise SystemExit("cmake was not found; pip install cmake")
         ninja = tool("ninja")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # Of all that is compiled only bindings.cpp knows Python: wheels for several share the rest.
+        # Of all that is compiled only bindings*.cpp know Python: wheels for several share the rest.
         shared = self.build_temp.replace(f"-{sys.implementation.cache_tag}", "")
         build = Path(shared).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
