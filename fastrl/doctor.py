@@ -216,7 +216,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
             isas.add_row(isa["name"], *flags, isa["adds"], style="bold" if isa["in_use"] else None)
         console.print(isas)
     ops = Table(title="ops on this machine", title_justify="left", show_lines=True)
-    ops.add_column("ops", overflow="fold", min_width=max(len(op["op"]) for op in found["ops"]))
+    longest = max(len(op["op"]) for op in found["ops"])
+    ops.add_column("ops", overflow="fold", min_width=longest + len(","))
     for column in ("device", "implementation", "why"):
         ops.add_column(column, overflow="fold")
     alike: dict[tuple, list[str]] = {}
