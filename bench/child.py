@@ -82,8 +82,10 @@ def race_at(task: dict, emit: Emit) -> None:
                 event["wrong"] = verdict.wrong
             else:
                 ready[name] = variants[name]
-        except Exception as error:  # a peer that cannot do this shape is reported, not hidden
-            event["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        except Exception as error:  # reported, not hidden
+            lacks = isinstance(error, NotImplementedError) and not variants[name].ours
+            text = str(error) if lacks else f"{type(error).__name__}: {error}"
+            event["skipped" if lacks else "failed"] = text.partition("\n")[0][:200]
         emit(**event)
     share = task["seconds"] / len(modes) / max(1, len(ready))
     best: dict[str, dict[str, float]] = {name: {} for name in ready}

@@ -12,7 +12,7 @@ from rich.console import Console
 from fastrl import bench
 from fastrl.bench import peers, points, report
 from fastrl.bench.points import CAPPED, Options
-from fastrl.bench.race import Shape, describe
+from fastrl.bench.race import Shape
 
 WHOLE = (
     480.0  # seconds after which no shape of a run of everything starts: it ends within 10 minutes
@@ -128,8 +128,8 @@ def run(
     found: dict = {}
     before = () if earlier is None else tuple(earlier["points"])
 
-    def begin(op: str, shape: Shape) -> None:
-        console.print(f"{op}: {describe(shape)} ...", style="dim", markup=False, highlight=False)
+    def begin(what: str) -> None:
+        console.print(f"{what} ...", style="dim", markup=False, highlight=False)
 
     for found in points.run(shapes, wanted, options, before, begin):
         if len(found["points"]) == len(before):

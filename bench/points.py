@@ -16,7 +16,7 @@ import torch
 
 from fastrl import bench
 from fastrl.bench import measure, peak, peers
-from fastrl.bench.race import Race, Shape
+from fastrl.bench.race import Race, Shape, describe
 from fastrl.kernels import native
 
 # What holds PyTorch to the instruction set that ours is held to; read when it is imported.
@@ -218,17 +218,19 @@ def run(
     against: list[str] | None,
     options: Options,
     before: tuple[dict, ...] = (),
-    begin: Callable[[str, Shape], None] = lambda op, shape: None,
+    begin: Callable[[str], None] = lambda what: None,
 ) -> Iterator[dict]:
     """The report of the races in ``shapes`` (by op): first without a shape, then after every one.
 
-    ``begin`` is told of each before it runs, which may take minutes.
+    ``begin`` is told what runs next, which may take minutes.
     Shapes that are among the points of an earlier report, ``before``, are not run again.
     """
     device = torch.device(options.device)
     fields = {op: field(bench.load(op), against, device) for op in shapes}
     for op in shapes:
         timed(bench.load(op), options)
+    if options.peak:
+        begin("the machine's peak")
     task = {"what": "facts", "threads": options.threads, "peak": options.peak}
     (found,) = events(task, options)
     raced = {v.peer for op in shapes for v in bench.load(op).variants(device).values()}
@@ -258,7 +260,7 @@ def run(
         if time.monotonic() > end:
             result = {"op": op, "shape": shape, "variants": {}, "skipped": "out of time"}
         else:
-            begin(op, shape)
+            begin(f"{op}: {describe(shape)}")
             result = run_point(race, shape, fields[op][0], options, slow[op])
         result["bounds"] = bounds(race, shape, timed(race, options), found["peaks"])
         report["points"].append(result)

@@ -18,7 +18,8 @@ class Variant:
 
     What is ``compiled`` is so at the first call at full size, which is not part of its memory. What
     is ``costly`` (compiled, or very slow) runs on a CPU only where its peer is asked for by name.
-    It is not timed in the modes that it is ``without``.
+    It is not timed in the modes that it is ``without``. A peer that does not do a shape raises
+    NotImplementedError with the reason there.
     """
 
     function: Callable[..., Any]

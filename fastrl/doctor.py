@@ -215,12 +215,17 @@ def _show(found: dict[str, Any], console: Console) -> None:
             flags = ("yes" if isa[k] else "" for k in ("compiled", "runs_here", "in_use"))
             isas.add_row(isa["name"], *flags, isa["adds"], style="bold" if isa["in_use"] else None)
         console.print(isas)
-    ops = Table(title="ops on this machine", title_justify="left")
-    for column in ("op", "device", "implementation", "why"):
+    ops = Table(title="ops on this machine", title_justify="left", show_lines=True)
+    longest = max(len(op["op"]) for op in found["ops"])
+    ops.add_column("ops", overflow="fold", min_width=longest + len(","))
+    for column in ("device", "implementation", "why"):
         ops.add_column(column, overflow="fold")
+    alike: dict[tuple, list[str]] = {}
     for op in found["ops"]:
-        style = "yellow" if op["slow"] else None
-        ops.add_row(op["op"], op["device"], op["impl"], op["why"], style=style)
+        key = (op["device"], op["impl"], op["why"], op["slow"])
+        alike.setdefault(key, []).append(op["op"])
+    for (device, impl, why, slow), names in alike.items():
+        ops.add_row(", ".join(names), device, impl, why, style="yellow" if slow else None)
     console.print(ops)
     for missing in found["missing"]:
         console.print(

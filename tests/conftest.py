@@ -43,8 +43,12 @@ def recipe():
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _apart():
+    """Each test has the same seed, and whatever number of threads it sets for itself."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from runs import same, steady
-from safetensors.torch import load_file
+from runs import finals, same, steady, stop_and_resume
 
 from fastrl import train
 from fastrl.models import build_scorer, completion_scores, load_scorer
@@ -153,26 +152,11 @@ def test_resume_is_exact(varied, tmp_path, name, monkeypatch):
     config = a_recipe(varied, RUNS[name])
     whole = train.run(config, tmp_path / "whole")
     rows = steady(whole)
-    step, last = loop._step, len(rows)
-    for stop_at in (1, last - 1):
+    for stop_at in (1, len(rows) - 1):
         folder = tmp_path / f"stopped{stop_at}"
-
-        def stopping(work, progress, *rest, stop_at=stop_at):
-            if progress.step == stop_at:
-                raise KeyboardInterrupt
-            return step(work, progress, *rest)
-
-        monkeypatch.setattr(loop, "_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(config, folder)
-        monkeypatch.setattr(loop, "_step", step)
-        train.resume(folder)
+        stop_and_resume(config, folder, stop_at, monkeypatch)
         assert steady(folder) == rows
-        finals = sorted(p.name for p in whole.glob("final*"))
-        assert finals == sorted(p.name for p in folder.glob("final*"))
-        for final in finals:
-            file = f"{final}/model.safetensors"
-            assert same(load_file(folder / file), load_file(whole / file))
+        assert same(finals(folder), finals(whole))
 
 
 def test_a_reward_model_learns_and_is_used(recipe, tmp_path):

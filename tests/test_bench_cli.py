@@ -46,15 +46,22 @@ def test_a_wrong_variant_is_reported_and_not_timed(monkeypatch):
     def broken(rewards, values):
         raise RuntimeError("no kernel for this shape")
 
+    def lacking(rewards, values):
+        raise NotImplementedError("it has no such thing")
+
     variants = {
         "right": Variant(inline_loop, "eager"),
         "wrong": Variant(wrong),
         "broken": Variant(broken, "trl"),
+        "lacking": Variant(lacking, "trl"),
+        "lacking of ours": Variant(lacking),
     }
     events = race_small(variants, monkeypatch)
     verdicts = {e["variant"]: e for e in events if "variant" in e}
     assert verdicts["wrong"]["wrong"].startswith("advantages is off by 0.01")
     assert verdicts["broken"]["failed"] == "RuntimeError: no kernel for this shape"
+    assert verdicts["lacking"] == {"variant": "lacking", "skipped": "it has no such thing"}
+    assert verdicts["lacking of ours"]["failed"] == "NotImplementedError: it has no such thing"
     assert "wrong" not in verdicts["right"] and verdicts["right"]["errors"]["returns"] < 1e-5
     (times,) = (e["times"] for e in events if "times" in e)
     assert list(times) == ["right"] and times["right"]["p20"] <= times["right"]["p80"]

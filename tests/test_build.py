@@ -1,5 +1,7 @@
 """The package and its native build, as far as that is quick; packaging.sh installs wheels."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,13 @@ def test_python_and_cpp_name_the_same_op_families():
         text = source.read_text()
         assert "torch/" not in text and "ATen" not in text, f"{source} includes PyTorch"
         assert "pybind11" not in text or source.name.startswith("bindings")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_says_what_every_target_does():
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == targets.split()
 
 
 # ---- building ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import same, steady, weights
+from runs import same, steady, stop_and_resume, weights
 
 from fastrl import train
 from fastrl.files import WriteError
@@ -45,20 +45,9 @@ def variant(recipe, name):
 def test_resume_is_exact(recipe, tmp_path, name, monkeypatch):
     config = variant(recipe, name)
     whole = train.run(config, tmp_path / "whole")
-    step = loop._step
     for stop_at in (1, 2, 5):
         folder = tmp_path / f"stopped{stop_at}"
-
-        def stopping(work, progress, *rest, stop_at=stop_at):
-            if progress.step == stop_at:
-                raise KeyboardInterrupt
-            return step(work, progress, *rest)
-
-        monkeypatch.setattr(loop, "_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(config, folder)
-        monkeypatch.setattr(loop, "_step", step)
-        train.resume(folder)
+        stop_and_resume(config, folder, stop_at, monkeypatch)
         assert same(weights(folder), weights(whole))
         assert steady(folder) == steady(whole)
         assert read_jsonl(folder / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")

@@ -12,7 +12,7 @@ from test_layers import DTYPES, draw
 
 from fastrl import selftest
 from fastrl.kernels import glu, native, rmsnorm, rope
-from fastrl.kernels.layers.library import ACTIVATIONS
+from fastrl.kernels.checks import ACTIVATIONS
 
 # Columns: odd ones, a whole tile; rows that fill no tile and that fill several. A single column's
 # gradient is what cancellation leaves of it.

@@ -100,7 +100,7 @@ def test_the_size_is_the_schemes(scheme, arguments, bits, tmp_path):
 
 
 def test_bitsandbytes_models(tmp_path):
-    from test_reward_model import blobs
+    from test_reward_bitsandbytes import blobs
 
     tensors, config = blobs("nf4", nested=True)
     model = QuantizedRewardModel.from_bitsandbytes(tensors, config=config)

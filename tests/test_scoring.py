@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import same, steady
-from safetensors.torch import load_file
+from runs import finals, same, steady, stop_and_resume
 
 from fastrl import train
 from fastrl.models import (
@@ -199,22 +198,10 @@ RUNS = {
 def test_resume_is_exact(recipe, tmp_path, name, monkeypatch):
     config = a_recipe(recipe, RUNS[name])
     whole, folder = train.run(config, tmp_path / "whole"), tmp_path / "stopped"
-    rows, step = steady(whole), loop._step
-
-    def stopping(work, progress, *rest):
-        if progress.step == len(rows) - 1:
-            raise KeyboardInterrupt
-        return step(work, progress, *rest)
-
-    monkeypatch.setattr(loop, "_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        train.run(config, folder)
-    monkeypatch.setattr(loop, "_step", step)
-    train.resume(folder)
+    rows = steady(whole)
+    stop_and_resume(config, folder, len(rows) - 1, monkeypatch)
     assert steady(folder) == rows
-    for final in (p.name for p in whole.glob("final*")):
-        file = f"{final}/model.safetensors"
-        assert same(load_file(folder / file), load_file(whole / file))
+    assert same(finals(folder), finals(whole))
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,9 @@
 // p (of_p - of_spread (log p + entropy)), and of_target more at the target.
 #include "logprob.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <type_traits>
 
+#include "convert.h"
 #include "launch.h"
 
 namespace fastrl {
@@ -35,24 +33,6 @@ template <class T>
 struct alignas(sizeof(T) * kWide) Pack {
   T x[kWide];
 };
-
-template <class T>
-__device__ inline T narrow(float x);
-template <>
-__device__ inline float narrow<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ inline __half narrow<__half>(float x) {
-  return __float2half_rn(x);
-}
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
 
 // A row's part of the workspace, from an entry of the vocabulary on, and its stripe's maximum.
 template <class T>

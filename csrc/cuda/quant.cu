@@ -8,9 +8,7 @@
 //           | 8 | 8 | 8 | 8 | 8 | 8 | 8 | 8 | ...                       one thread each
 #include "quant.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "convert.h"
 #include "launch.h"
 
 namespace fastrl {
@@ -24,21 +22,6 @@ template <class T>
 struct alignas(sizeof(T) * kRun < 16 ? sizeof(T) * kRun : 16) Run {
   T x[kRun];
 };
-
-template <class T>
-__device__ inline T narrow(float x);
-template <>
-__device__ inline float narrow<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ inline __half narrow<__half>(float x) {
-  return __float2half_rn(x);
-}
 
 // Not contracted: the bits are those of a product and a sum.
 __device__ inline float absmax_of(const QuantWeight& w, int64_t block) {

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastrl.integrations.patching import Declined
 from fastrl.kernels import IMPLEMENTATIONS, logprob_from_logits, native
-from fastrl.kernels.logprob.library import FLOATS
+from fastrl.kernels.checks import FLOATS
 
 
 def need_kernel(op: str, *tensors: Tensor) -> None:

@@ -162,6 +162,11 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def float_kind(dtype: torch.dtype):
+    """The same as ``fastrl._C.Float``."""
+    return getattr(module().Float, str(dtype).removeprefix("torch."))
+
+
 def threads() -> int:
     """How many threads a CPU kernel may use."""
     return torch.get_num_threads()

@@ -151,9 +151,7 @@ def completion_scores(
     """
     completions = prompt_ids, completion_ids, completion_mask
     states = scored_states(model, *completions, level=level, shared_prefix=shared_prefix)
-    scores = unwrap(model).score(states).float()
-    scores = spread(scores, completion_mask, level)
-    return scores.squeeze(-1) if scores.shape[-1] == 1 else scores
+    return spread(unwrap(model).score(states).float(), completion_mask, level)
 
 
 @as_forward
@@ -179,8 +177,7 @@ def head_scores(
             states = scored_states(model, *completions, level=level, shared_prefix=shared_prefix)
     finally:
         model.train(was_training)
-    scores = spread(head(states.float()), completion_mask, level)
-    return scores.squeeze(-1) if scores.shape[-1] == 1 else scores
+    return spread(head(states.float()), completion_mask, level)
 
 
 def scored_states(
@@ -222,8 +219,11 @@ def scored_states(
 
 
 def spread(scores: Tensor, completion_mask: Tensor, level: Level) -> Tensor:
-    """Scores `[N, K]` of `scored_states` as `[B, K]`, or at the levels of tokens `[B, T, K]`."""
-    if level == "sequence":
-        return scores
-    out = scores.new_zeros(*completion_mask.shape, scores.shape[-1])
-    return out.index_put(torch.nonzero(completion_mask).unbind(1), scores)
+    """Scores `[N, K]` of `scored_states` as `[B, K]`, or at the levels of tokens `[B, T, K]`.
+
+    Without the last dimension where K is 1.
+    """
+    if level != "sequence":
+        out = scores.new_zeros(*completion_mask.shape, scores.shape[-1])
+        scores = out.index_put(torch.nonzero(completion_mask).unbind(1), scores)
+    return scores.squeeze(-1) if scores.shape[-1] == 1 else scores

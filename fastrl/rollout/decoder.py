@@ -15,9 +15,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fastrl.kernels.checks import FLOATS
 from fastrl.kernels.logprob.cpu import Drawing
 from fastrl.kernels.logprob.draws import Draws
-from fastrl.kernels.logprob.library import FLOATS
 from fastrl.kernels.logprob.parallel import is_dtensor
 from fastrl.kernels.native import module, pointer, threads, unavailable
 from fastrl.models.head import LmHead

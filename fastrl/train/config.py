@@ -1,12 +1,10 @@
 """The recipe: every setting of a run, checked before any work is done."""
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     Field,
     SerializeAsAny,
@@ -15,6 +13,7 @@ from pydantic import (
 )
 
 from fastrl.choices import Parallel
+from fastrl.train.mistakes import ConfigError, messages
 from fastrl.train.section import Section
 from fastrl.train.stages import (
     ALGORITHMS,
@@ -25,13 +24,6 @@ from fastrl.train.stages import (
     ScorerKind,
     Stage,
 )
-
-
-class ConfigError(ValueError):
-    """A recipe or a setting that cannot be run.
-
-    The message names the key, the value and what would be right.
-    """
 
 
 class Architecture(Section):
@@ -266,9 +258,8 @@ class Config(Section):
             try:
                 chosen[name] = family(**settings)
             except ValidationError as error:
-                raise ConfigError(
-                    "\n".join(_messages(error, cls, ("stages", name), family))
-                ) from None
+                mistakes = messages(error, cls, ("stages", name), family)
+                raise ConfigError("\n".join(mistakes)) from None
         return values | {"stages": chosen}
 
     @model_validator(mode="after")
@@ -325,70 +316,9 @@ class Config(Section):
         return self
 
 
-def _fields_at(model: Any, path: tuple) -> list[str]:
-    for key in path:
-        if isinstance(key, int):
-            continue
-        field = getattr(model, "model_fields", {}).get(key)
-        candidates = (
-            [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        )
-        model = next(
-            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None
-        )
-    return list(getattr(model, "model_fields", {}))
-
-
-def _places(model: Any, key: str, prefix: str = "") -> list[str]:
-    """Where a recipe has a key of this name; N stands for a position, STAGE for a stage's name."""
-    out = []
-    for name, field in model.model_fields.items():
-        parts = [p for p in (field.annotation, *get_args(field.annotation)) if isinstance(p, type)]
-        if name == key:
-            out.append(prefix + name)
-        if name == "stages":
-            parts, name = list(ALGORITHMS.values()), "stages.STAGE"
-        elif get_origin(field.annotation) is tuple:
-            name += ".N"
-        for part in parts:
-            if issubclass(part, BaseModel):
-                out += _places(part, key, f"{prefix}{name}.")
-    return list(dict.fromkeys(out))
-
-
-def _hint(key: str, names: list[str], stage: Any, prefix: tuple) -> str:
-    """What an unknown key of a section with other `names` may have been meant to be."""
-    places = _places(Config, key)
-    if stage is not None:  # of the stages this one is meant
-        own = _places(stage, key, ".".join([*prefix, ""]))
-        places = own + [p for p in places if not p.startswith("stages.")]
-    elsewhere = [repr(p) if "." in p else f"{p!r} at the top level" for p in places]
-    close = [repr(name) for name in difflib.get_close_matches(key, names, n=1)]
-    if elsewhere or close:
-        return f"did you mean {' or '.join(elsewhere or close)}?"
-    return f"known keys: {', '.join(sorted(names))}"
-
-
-def _messages(error: ValidationError, root: Any, prefix: tuple = (), at: Any = None) -> list[str]:
-    out = []
-    for e in error.errors():
-        where = ".".join(map(str, (*prefix, *e["loc"])))
-        if isinstance(e.get("ctx", {}).get("error"), ConfigError):
-            out.append(str(e["ctx"]["error"]))
-        elif e["type"] == "extra_forbidden":
-            names = _fields_at(at or root, e["loc"][:-1])
-            hint = _hint(str(e["loc"][-1]), names, at, prefix)
-            out.append(f"unknown key {where!r}; {hint}")
-        else:
-            given = "" if e["type"] in ("missing", "value_error") else f", got {e['input']!r}"
-            text = e["msg"].removeprefix("Value error, ")
-            out.append(f"{where}: {text}{given}" if where else text)
-    return out
-
-
 def parse_config(values: dict[str, Any]) -> Config:
     """Check a recipe's values; raises `ConfigError` that names every bad key, with a suggestion."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_messages(error, Config))) from None
+        raise ConfigError("\n".join(messages(error, Config))) from None

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from fastrl.kernels.attention.library import FLOATS, Problem
-from fastrl.kernels.native import module, pointer, threads
+from fastrl.kernels.attention.library import Problem
+from fastrl.kernels.native import float_kind, module, pointer, threads
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -21,7 +21,6 @@ def _arguments(p: Problem):
     kept = (*map(_rows, (p.q, p.k, p.v)), p.offsets.contiguous(), p.groups.contiguous())
     q, k, v, offsets, groups = kept
     c = module()
-    kind = {t: getattr(c.Float, str(t).removeprefix("torch.")) for t in FLOATS}
     arguments = c.attention_args(
         q.shape[0],
         q.shape[1],
@@ -30,7 +29,7 @@ def _arguments(p: Problem):
         pointer(offsets),
         pointer(groups),
         len(groups) - 1,
-        kind[q.dtype],
+        float_kind(q.dtype),
         *map(_heads, (q, k, v)),
         p.scale,
         p.softcap,

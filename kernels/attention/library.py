@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.attention.layout import GroupLayout
+from fastrl.kernels.operators import define, differentiate
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # head size of the GPU's kernels
 MODULES = {"cpu": "cpu", "triton": "triton_launch", "flash": "flash"}  # of each implementation
 
@@ -46,12 +46,6 @@ class Problem(NamedTuple):
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor groups, "
     "float scale, float softcap, int window, str impl, bool differentiated"
-)
-_library = torch.library.Library("fastrl", "FRAGMENT")
-_library.define(f"shared_prefix_attention({_SCHEMA}) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"shared_prefix_attention_bwd({_SCHEMA}, Tensor out, Tensor lse, Tensor rest, "
-    "Tensor grad_out, Tensor? grad_lse) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -101,13 +95,17 @@ def _autograd(ctx, grad_out, grad_lse, _):
     return *gradients, *[None] * 7
 
 
-for _name, _run, _fake in (
-    ("shared_prefix_attention", _forward, _fake_forward),
-    ("shared_prefix_attention_bwd", _backward, _fake_backward),
-):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _run, _device)
-    torch.library.register_fake(f"fastrl::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "fastrl::shared_prefix_attention", _autograd, setup_context=_setup, lib=_library
+define(
+    "shared_prefix_attention",
+    f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
 )
+define(
+    "shared_prefix_attention_bwd",
+    f"({_SCHEMA}, Tensor out, Tensor lse, Tensor rest, Tensor grad_out, Tensor? grad_lse)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+differentiate("shared_prefix_attention", _autograd, _setup)

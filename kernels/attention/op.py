@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastrl.kernels.attention import flash, library, reference
 from fastrl.kernels.attention.layout import GroupLayout
+from fastrl.kernels.checks import FLOATS
 from fastrl.kernels.native import choose
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
@@ -106,7 +107,7 @@ def shared_prefix_attention(
                 q, k, v, layout, scale=scale, softcap=softcap, window=window
             )
         else:
-            if q.dtype not in library.FLOATS:
+            if q.dtype not in FLOATS:
                 raise ValueError(
                     f"q must be float32, bfloat16 or float16 for a kernel, got {q.dtype}; "
                     "impl='reference' takes float64"

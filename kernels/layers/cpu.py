@@ -4,15 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.kernels.layers.library import FLOATS
-from fastrl.kernels.native import module, pointer, threads
+from fastrl.kernels.native import float_kind, module, pointer, threads
 
 LANES = 16  # floats that a kernel reads at a time
-
-
-def _kind(dtype: torch.dtype):
-    c = module()
-    return {t: getattr(c.Float, str(t).removeprefix("torch.")) for t in FLOATS}[dtype]
 
 
 def _padded(weight: Tensor, offset: float) -> Tensor:
@@ -29,7 +23,7 @@ def rmsnorm(x, weight, residual, eps, weight_offset) -> tuple[Tensor, Tensor, Te
     h = x.new_empty(0 if residual is None else x.shape)
     scale = _padded(weight, weight_offset)
     module().rmsnorm_cpu(
-        *(inverse.numel(), x.shape[-1], _kind(x.dtype)),
+        *(inverse.numel(), x.shape[-1], float_kind(x.dtype)),
         *map(pointer, (x, residual, scale)),
         *(eps, pointer(h), pointer(y), pointer(inverse), threads()),
     )
@@ -42,7 +36,7 @@ def rmsnorm_bwd(h, weight, inverse, grad_y, grad_h, weight_offset, wants_weight)
     grad, scale = torch.empty_like(h), _padded(weight, weight_offset)
     grad_weight = scale.new_empty(len(weight) if wants_weight else 0)
     module().rmsnorm_bwd_cpu(
-        *(inverse.numel(), h.shape[-1], _kind(h.dtype)),
+        *(inverse.numel(), h.shape[-1], float_kind(h.dtype)),
         *map(pointer, (h, scale, inverse, grad_y, grad_h, grad)),
         *(pointer(grad_weight if wants_weight else None), threads()),
     )
@@ -53,7 +47,7 @@ def _rope_args(x, cos, sin, norm_weight, eps, weight_offset, out):
     """The same as `fastrl._C.rope_args`, and the tensors it points into."""
     scale = None if norm_weight is None else _padded(norm_weight, weight_offset)
     kept = x, cos.float().contiguous(), sin.float().contiguous(), scale
-    args = module().rope_args(*x.shape, _kind(x.dtype), *map(pointer, kept), eps, pointer(out))
+    args = module().rope_args(*x.shape, float_kind(x.dtype), *map(pointer, kept), eps, pointer(out))
     return args, kept
 
 
@@ -82,7 +76,7 @@ def glu(gate, up, activation) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     c = module()
-    kind, gelu = _kind(gate.dtype), activation == "gelu_tanh"
+    kind, gelu = float_kind(gate.dtype), activation == "gelu_tanh"
     addresses = pointer(gate), pointer(up)
     c.glu_cpu(c.glu_args(gate.numel(), kind, *addresses, gelu, pointer(out)), threads())
     return out
@@ -92,7 +86,7 @@ def glu_bwd(gate, up, activation, grad) -> tuple[Tensor, Tensor]:
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
     c = module()
-    kind, gelu = _kind(gate.dtype), activation == "gelu_tanh"
+    kind, gelu = float_kind(gate.dtype), activation == "gelu_tanh"
     args = c.glu_args(gate.numel(), kind, pointer(gate), pointer(up), gelu, 0)
     c.glu_bwd_cpu(args, *map(pointer, (grad, to_gate, to_up)), threads())
     return to_gate, to_up

@@ -4,12 +4,10 @@ An implementation is a module beside this one with functions of the operators' n
 the operators' arguments but `impl` and return their results.
 """
 
-import importlib
-
 import torch
 
-ACTIVATIONS = ("silu", "gelu_tanh")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from fastrl.kernels.operators import by_last, define, differentiate
+
 MODULES = {"cpu": "cpu", "triton": "triton_launch"}  # of each implementation
 
 _SCHEMAS = {
@@ -61,22 +59,8 @@ _FAKES = {
     "glu_bwd": lambda gate, up, *_: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
 }
 
-_library = torch.library.Library("fastrl", "FRAGMENT")
-
-
-def _add(name: str) -> None:
-    def run(*arguments):
-        module = importlib.import_module(f"fastrl.kernels.layers.{MODULES[arguments[-1]]}")
-        return getattr(module, name)(*arguments[:-1])
-
-    _library.define(name + _SCHEMAS[name])
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, run, device)
-    torch.library.register_fake(f"fastrl::{name}", _FAKES[name], lib=_library)
-
-
-for _name in _SCHEMAS:
-    _add(_name)
+for _name, _schema in _SCHEMAS.items():
+    define(_name, _schema, by_last(_name, "fastrl.kernels.layers", MODULES), _FAKES[_name])
 
 
 def _setup_rmsnorm(ctx, inputs, output):
@@ -127,11 +111,6 @@ def _glu_autograd(ctx, grad):
     return *gradients, None, None
 
 
-for _name, _autograd, _setup in (
-    ("rmsnorm", _rmsnorm_autograd, _setup_rmsnorm),
-    ("rope", _rope_autograd, _setup_rope),
-    ("glu", _glu_autograd, _setup_glu),
-):
-    torch.library.register_autograd(
-        f"fastrl::{_name}", _autograd, setup_context=_setup, lib=_library
-    )
+differentiate("rmsnorm", _rmsnorm_autograd, _setup_rmsnorm)
+differentiate("rope", _rope_autograd, _setup_rope)
+differentiate("glu", _glu_autograd, _setup_glu)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastrl.kernels.layers import reference
-from fastrl.kernels.layers.library import ACTIVATIONS, FLOATS
+from fastrl.kernels.checks import FLOATS, check_activation, check_alike
+from fastrl.kernels.layers import library, reference  # noqa: F401 (library has the operators)
 from fastrl.kernels.native import choose
 
 HAS = ("cpu", "triton")
@@ -89,10 +89,7 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu", impl: str = "auto
     """
     op = "glu"
     chosen = _checked(op, impl, {"gate": gate, "up": up})
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
-        )
+    check_activation(op, activation)
     if chosen == "reference":
         return reference.glu(gate, up, activation)
     return torch.ops.fastrl.glu(gate, up, activation, chosen)
@@ -100,19 +97,11 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu", impl: str = "auto
 
 def _checked(op: str, impl: str, tensors: dict[str, Tensor]) -> str:
     """The implementation; tensors have one dtype, shape and device, those of the first."""
-    (first, x), *others = tensors.items()
+    first, x = next(iter(tensors.items()))
     chosen = choose(op, impl, x.device, HAS)
-    floats = (*FLOATS, torch.float64) if chosen == "reference" else FLOATS
-    if x.dtype not in floats:
-        raise ValueError(f"{op}: {first} must be float32, bfloat16 or float16, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
+    check_alike(op, tensors, (*FLOATS, torch.float64) if chosen == "reference" else FLOATS)
+    if x.shape[-1] == 0:
         raise ValueError(f"{op}: {first} must be [..., K] with K > 0, got shape {tuple(x.shape)}")
-    for name, other in others:
-        if (other.dtype, other.shape, other.device) != (x.dtype, x.shape, x.device):
-            raise ValueError(
-                f"{op}: {name} must be like {first}, {x.dtype} {tuple(x.shape)} on {x.device}, "
-                f"got {other.dtype} {tuple(other.shape)} on {other.device}"
-            )
     return chosen
 
 

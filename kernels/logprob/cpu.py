@@ -8,12 +8,7 @@ from torch import Tensor
 from fastrl.kernels.logprob.draws import Draws
 from fastrl.kernels.logprob.given import Given, Returning
 from fastrl.kernels.logprob.library import Problem, Upstream
-from fastrl.kernels.native import module, pointer, threads
-
-
-def _kind(tensor: Tensor):
-    """The same as `fastrl._C.Float`."""
-    return getattr(module().Float, str(tensor.dtype).removeprefix("torch."))
+from fastrl.kernels.native import float_kind, module, pointer, threads
 
 
 class _Rows(NamedTuple):
@@ -37,9 +32,9 @@ class _Rows(NamedTuple):
             self.weight.shape[0],
             pointer(self.index),
             pointer(self.hidden),
-            _kind(self.hidden),
+            float_kind(self.hidden.dtype),
             pointer(self.weight),
-            _kind(self.weight),
+            float_kind(self.weight.dtype),
             self.weight.stride(0),
             pointer(self.bias),
             pointer(self.inv_temperature),
@@ -198,7 +193,7 @@ class _Held(NamedTuple):
             self.logits.shape[-1],
             targets,
             pointer(self.logits),
-            _kind(self.logits),
+            float_kind(self.logits.dtype),
             *map(pointer, (self.offset, self.inv_temperature, self.target)),
         )
 

@@ -11,24 +11,20 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.logprob import gpu
-from fastrl.kernels.logprob.library import FLOATS, Problem, Upstream
-from fastrl.kernels.native import check, module, pointer, stream
+from fastrl.kernels.logprob.library import Problem, Upstream
+from fastrl.kernels.native import check, float_kind, module, pointer, stream
 
 COLUMNS = 8192  # of the vocabulary in a tile
 TILE_BYTES = 128 * 2**20
 
 
-def _type(dtype: torch.dtype):
-    return getattr(module().Float, {t: str(t).removeprefix("torch.") for t in FLOATS}[dtype])
-
-
 def _kept_args(kept: gpu.Kept | None, part: slice, dtype: torch.dtype):
     c = module()
     if kept is None:
-        return c.kept_args(0, _type(dtype), 0, 0, 0, 1.0)
+        return c.kept_args(0, float_kind(dtype), 0, 0, 0, 1.0)
     return c.kept_args(
         pointer(kept.exps[part]),
-        _type(dtype),
+        float_kind(dtype),
         kept.columns,
         pointer(kept.highest[:, part]),
         kept.highest.stride(0),
@@ -113,7 +109,7 @@ def _fill(
             _tile_args(rows, part, first, tile),
             _kept_args(kept, part, rows.dtype),
             *(pointer(x[part]) for x in slopes),
-            *(pointer(made), _type(made.dtype), made.stride(0)),
+            *(pointer(made), float_kind(made.dtype), made.stride(0)),
         )
         code = c.linear_logprob_gradient_cuda(args, stream(gradient.device))
         check("linear_logprob_bwd", code)

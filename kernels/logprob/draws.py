@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.logprob.library import implementation
+from fastrl.kernels.operators import define
 
 
 class Draws(NamedTuple):
@@ -40,12 +41,11 @@ def _fake(*arguments):
     return d.seeds.new_empty(d.seeds.shape), *statistics
 
 
-_library = torch.library.Library("fastrl", "FRAGMENT")
-_library.define(
-    "linear_sample(Tensor hidden, Tensor weight, Tensor seeds, Tensor positions, Tensor? bias, "
+define(
+    "linear_sample",
+    "(Tensor hidden, Tensor weight, Tensor seeds, Tensor positions, Tensor? bias, "
     "float temperature, int top_k, float top_p, float min_p, float softcap, float logit_scale, "
-    "str impl) -> (Tensor, Tensor, Tensor)"
+    "str impl) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("linear_sample", _run, _device)
-torch.library.register_fake("fastrl::linear_sample", _fake, lib=_library)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrl.kernels.logprob.library import implementation
+from fastrl.kernels.operators import define, differentiate
 
 
 class Given(NamedTuple):
@@ -98,7 +99,6 @@ _ARGUMENTS = (
     "Tensor target, Tensor? temperatures, float temperature, bool inplace_backward, str impl"
 )
 _RETURNING = ", ".join(f"Tensor {name}" for name in Returning._fields)
-_library = torch.library.Library("fastrl", "FRAGMENT")
 for _name, _tail, _run, _fake in (
     ("", f"(Tensor logits, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward),
     ("_bwd", f"(Tensor logits, {_ARGUMENTS}, {_RETURNING}) -> Tensor", _backward, _fake_backward),
@@ -109,10 +109,5 @@ for _name, _tail, _run, _fake in (
         _fake_backward_inplace,
     ),
 ):
-    _library.define(f"logprob_from_logits{_name}{_tail}")
-    for _device in ("CPU", "CUDA"):
-        _library.impl(f"logprob_from_logits{_name}", _run, _device)
-    torch.library.register_fake(f"fastrl::logprob_from_logits{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "fastrl::logprob_from_logits", _autograd, setup_context=_setup, lib=_library
-)
+    define(f"logprob_from_logits{_name}", _tail, _run, _fake)
+differentiate("logprob_from_logits", _autograd, _setup)

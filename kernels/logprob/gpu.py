@@ -191,7 +191,7 @@ def scatter(values: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
     return values.view(*shape, *values.shape[1:])
 
 
-def _slopes(p: Problem, rows: Rows, upstream: Upstream) -> tuple[Slopes, Tensor | None]:
+def _slopes(rows: Rows, upstream: Upstream) -> tuple[Slopes, Tensor | None]:
     """The slopes and, for fp16, the power of two that they were multiplied by."""
     given = [x.reshape(-1) for x in upstream]
     if rows.index is not None:
@@ -238,7 +238,7 @@ def backward(
     else:
         store = split_workspace(kept, rows)
         kept_columns = 0 if store is None else min(store.columns, vocab)
-        slopes, scale = _slopes(p, rows, upstream)
+        slopes, scale = _slopes(rows, upstream)
         hidden = rows.hidden.to(rows.dtype)
         most = GRADIENT_BYTES // (n * hidden.itemsize) // COLUMNS * COLUMNS
         columns = min(max(most, COLUMNS), -(-vocab // COLUMNS) * COLUMNS)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from fastrl.kernels.operators import define, differentiate
+
 MODULES = {"cpu": "cpu", "triton": "triton_launch", "cuda": "cuda"}  # of each implementation
 
 
@@ -50,14 +51,7 @@ _SCHEMA = (
     "float temperature, float softcap, float logit_scale, int ignore_index, str impl, int workspace"
 )
 _UPSTREAM = ", ".join(f"Tensor {name}" for name in Upstream._fields)
-_library = torch.library.Library("fastrl", "FRAGMENT")
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # on a GPU they wait for the number of ignored rows
-_library.define(f"linear_logprob({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
-_library.define(
-    f"linear_logprob_bwd({_SCHEMA}, Tensor kept, {_UPSTREAM}, bool[] needed) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
 
 
 def implementation(impl: str):
@@ -124,13 +118,18 @@ def _autograd(ctx, grad_logprob, grad_lse, grad_entropy, _):
     return hidden, weight, None, bias, *[None] * 7
 
 
-for _name, _run, _fake in (
-    ("linear_logprob", _forward, _fake_forward),
-    ("linear_logprob_bwd", _backward, _fake_backward),
-):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, _run, _device)
-    torch.library.register_fake(f"fastrl::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "fastrl::linear_logprob", _autograd, setup_context=_setup, lib=_library
+define(
+    "linear_logprob",
+    f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    tags=_TAGS,
 )
+define(
+    "linear_logprob_bwd",
+    f"({_SCHEMA}, Tensor kept, {_UPSTREAM}, bool[] needed) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    tags=_TAGS,
+)
+differentiate("linear_logprob", _autograd, _setup)

@@ -22,8 +22,7 @@ class Row(NamedTuple):
 
 
 DEFAULT = "triton"
-MEASURED_ON = None  # the GPU, torch and triton of the figures behind TABLE
-TABLE: tuple[Row, ...] = ()
+TABLE: tuple[Row, ...] = ()  # say here which GPU, torch and triton the figures are of
 
 
 def order(dtype: torch.dtype, width: int, vocab: int) -> tuple[str, ...]:

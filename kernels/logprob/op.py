@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrl.kernels.checks import FLOATS
+
 # draws and given define ops.
 from fastrl.kernels.logprob import (  # noqa: F401
     draws,
@@ -235,7 +237,7 @@ def _check_inplace(logits: Tensor, chosen: str) -> None:
 
 def _check_kernel(tensors: dict[str, Tensor], temperature: float | Tensor = 1.0) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype not in library.FLOATS:
+        if tensor.dtype not in FLOATS:
             raise ValueError(
                 f"{name} must be float32, bfloat16 or float16 for a kernel, got {tensor.dtype}; "
                 "impl='reference' takes float64"

@@ -6,15 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.kernels.native import module, pointer, threads
+from fastrl.kernels.native import float_kind, module, pointer, threads
 from fastrl.kernels.quant.library import rows_like
 from fastrl.kernels.quant.reference import LANES, fp8_rows
-from fastrl.kernels.quant.weight import FLOATS, QuantizedWeight
-
-
-def float_kind(dtype: torch.dtype):
-    c = module()
-    return {t: getattr(c.Float, str(t).removeprefix("torch.")) for t in FLOATS}[dtype]
+from fastrl.kernels.quant.weight import QuantizedWeight
 
 
 def _rows_args(x: Tensor, data: Tensor, scale: Tensor):

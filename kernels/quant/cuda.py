@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from fastrl.kernels.native import check, module, pointer, stream
+from fastrl.kernels.native import check, float_kind, module, pointer, stream
 from fastrl.kernels.quant import plain
-from fastrl.kernels.quant.cpu import float_kind, stored_weight
+from fastrl.kernels.quant.cpu import stored_weight
 from fastrl.kernels.quant.weight import QuantizedWeight
 
 

@@ -4,14 +4,12 @@ An implementation is a module beside this one with functions of the operators' n
 the operators' arguments but `impl` and return their results. None has a gradient.
 """
 
-import importlib
-
 import torch
 from torch import Tensor
 
+from fastrl.kernels.operators import by_last, define
 from fastrl.kernels.quant.weight import QuantizedWeight
 
-ACTIVATIONS = ("silu", "gelu_tanh")
 MODULES = {  # of each implementation
     **{"reference": "plain", "cpu": "cpu", "scaled": "scaled"},
     **{"triton": "triton_launch", "cuda": "cuda"},
@@ -72,19 +70,5 @@ _FAKES = {
     "dequantize": _fake_dequantize,
 }
 
-_library = torch.library.Library("fastrl", "FRAGMENT")
-
-
-def _add(name: str) -> None:
-    def run(*arguments):
-        module = importlib.import_module(f"fastrl.kernels.quant.{MODULES[arguments[-1]]}")
-        return getattr(module, name)(*arguments[:-1])
-
-    _library.define(name + _SCHEMAS[name])
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, run, device)
-    torch.library.register_fake(f"fastrl::{name}", _FAKES[name], lib=_library)
-
-
-for _name in _SCHEMAS:
-    _add(_name)
+for _name, _schema in _SCHEMAS.items():
+    define(_name, _schema, by_last(_name, "fastrl.kernels.quant", MODULES), _FAKES[_name])

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fastrl.kernels.checks import FLOATS, check_activation, check_alike
 from fastrl.kernels.native import choose
-from fastrl.kernels.quant.library import ACTIVATIONS
+from fastrl.kernels.quant import library  # noqa: F401 (it has the operators)
 from fastrl.kernels.quant.scaled import fits
-from fastrl.kernels.quant.weight import FLOATS, QuantizedRows, QuantizedWeight, check_width
+from fastrl.kernels.quant.weight import QuantizedRows, QuantizedWeight, check_width
 
 # Implementations besides the reference; see fastrl.kernels.native.choose.
 HAS: dict[str, tuple[str, ...]] = {
@@ -84,10 +85,7 @@ def glu_quant(
     and errors are those of :func:`quantize_rows`. (2002.05202)
     """
     _check_rows("glu_quant", {"gate": gate, "up": up})
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"glu_quant: activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
-        )
+    check_activation("glu_quant", activation)
     chosen = choose("glu_quant", impl, gate.device, HAS["glu_quant"])
     return QuantizedRows(
         *torch.ops.fastrl.glu_quant(gate.detach(), up.detach(), activation, chosen)
@@ -233,19 +231,10 @@ def pool_score(
 
 
 def _check_rows(op: str, given: Mapping[str, Tensor]) -> None:
-    """ValueError unless all are [..., K] rows of one shape, dtype and device."""
-    first_name, first = next(iter(given.items()))
-    for name, x in given.items():
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
-        if x.dim() < 1:
-            raise ValueError(f"{op}: {name} must be [..., K], got a scalar")
-        check_width(f"{op}: {name}", x.shape[-1])
-        if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
-            raise ValueError(
-                f"{op}: {name} must be as {first_name}, {first.dtype} {tuple(first.shape)} on "
-                f"{first.device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
-            )
+    """ValueError unless all are alike, and their rows not too long for sums of int8."""
+    check_alike(op, given)
+    name, x = next(iter(given.items()))
+    check_width(f"{op}: {name}", x.shape[-1])
 
 
 def _check_vector(op: str, name: str, vector: Tensor, x: Tensor) -> None:

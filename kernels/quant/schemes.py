@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrl.kernels.checks import FLOATS
 from fastrl.kernels.quant import reference
 from fastrl.kernels.quant.weight import (
     COMPUTE,
-    FLOATS,
     NESTED_BLOCK,
     PAD,
     QuantizedWeight,

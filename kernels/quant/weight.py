@@ -10,7 +10,6 @@ from torch import Tensor
 
 # The products each scheme can be taken in, its default first.
 COMPUTE = {"int8": ("int8",), "nf4": ("int8", "bf16"), "int4": ("int8", "bf16"), "fp8": ("fp8",)}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PAD = 64  # int8 rows are stored in whole cache lines, which are also the rows of an AMX tile
 LONGEST = 131071  # of a row of int8: its products with another's sum to less than 2^31
 NESTED_BLOCK = 256  # absmaxes that share one of their own

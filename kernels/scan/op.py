@@ -1,15 +1,16 @@
 """Advantages and returns: public functions, the torch operators behind them, who runs where."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrl.kernels import native
+from fastrl.kernels.operators import define
 from fastrl.kernels.scan import reference
 
 HAS = ("cpu", "triton", "cuda")
+ANYWHERE = ("CompositeExplicitAutograd",)  # the reference has no need of a kernel's device
 OUTPUTS = {"gae": 2, "discounted_returns": 1, "vtrace": 2}
 
 
@@ -216,15 +217,7 @@ def _launch_native(
             native.check(op, getattr(c, f"{op}_cuda")(args, native.stream(first.device)))
 
 
-_library = torch.library.Library("fastrl", "FRAGMENT")
 _AT = "Tensor? mask, Tensor? cu_seqlens, Tensor? bootstrap, str impl"
-
-
-def _define(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
-    _library.define(schema)
-    name = schema.split("(")[0]
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastrl::{name}", fake, lib=_library)
 
 
 def _gae(rewards, values, gamma, lam, mask, cu_seqlens, bootstrap, impl):
@@ -251,19 +244,25 @@ def _fake_two(rewards, *args):
     return _fake_one(rewards, *args), _fake_one(rewards, *args)
 
 
-_define(
-    f"gae(Tensor rewards, Tensor values, float gamma, float lam, {_AT}) -> (Tensor, Tensor)",
+define(
+    "gae",
+    f"(Tensor rewards, Tensor values, float gamma, float lam, {_AT}) -> (Tensor, Tensor)",
     _gae,
     _fake_two,
+    on=ANYWHERE,
 )
-_define(
-    f"discounted_returns(Tensor rewards, float gamma, {_AT}) -> Tensor",
+define(
+    "discounted_returns",
+    f"(Tensor rewards, float gamma, {_AT}) -> Tensor",
     _discounted_returns,
     _fake_one,
+    on=ANYWHERE,
 )
-_define(
-    "vtrace(Tensor rewards, Tensor values, Tensor logprobs, Tensor old_logprobs, float gamma, "
+define(
+    "vtrace",
+    "(Tensor rewards, Tensor values, Tensor logprobs, Tensor old_logprobs, float gamma, "
     f"float lam, float rho_bar, float c_bar, {_AT}) -> (Tensor, Tensor)",
     _vtrace,
     _fake_two,
+    on=ANYWHERE,
 )

@@ -1,0 +1,120 @@
+// The ops of cpu/decode.h for Python; fastrl/rollout/decoder.py has checked what comes in.
+#include <pybind11/stl.h>
+#include <sys/mman.h>
+
+#include "bindings.h"
+#include "cpu/decode.h"
+
+namespace py = pybind11;
+
+namespace fastrl {
+namespace {
+
+// Asks for huge pages where memory covers them whole; a wish, which the system may not grant.
+void use_huge_pages(Address memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr Address kPage = 2 << 20;
+  const Address begin = (memory + kPage - 1) / kPage * kPage,
+                end = (memory + bytes) / kPage * kPage;
+  if (begin < end) {
+    madvise(pointer<void>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#else
+  static_cast<void>(memory);
+  static_cast<void>(bytes);
+#endif
+}
+
+// pybind11's stl.h would copy a bare vector.
+struct Scratch {
+  DecodeScratch arenas;
+};
+
+void decode_cpu(const DecodeModel& model, const DecodeArgs& args, Scratch& scratch, int threads) {
+  FASTRL_DISPATCH(decode, model, args, scratch.arenas, threads)
+}
+
+void generate_cpu(const DecodeModel& model, const GenerateArgs& args, Scratch& scratch,
+                  int threads){FASTRL_DISPATCH(generate, model, args, scratch.arenas, threads)}
+
+DecodeLinear
+    decode_linear(Address weight, int64_t rows, int64_t depth, int64_t stride, Address bias) {
+  return {pointer<const void>(weight), rows, depth, stride, pointer<const void>(bias)};
+}
+
+DecodeLayer decode_layer(const std::array<DecodeLinear, 7>& linear,
+                         const std::array<Address, 6>& norm, int64_t window) {
+  const auto at = [&](int i) { return pointer<const void>(norm[i]); };
+  return {linear[0], linear[1], linear[2], linear[3], linear[4], linear[5], linear[6],
+          at(0),     at(1),     at(2),     at(3),     at(4),     at(5),     window};
+}
+
+DecodeModel decode_model(int64_t width, int64_t heads, int64_t kv_heads, int64_t head_size,
+                         Float type, Address embedding, int64_t embedding_stride,
+                         float embedding_scale, Address final_norm, float eps, float norm_offset,
+                         float attention_scale, float softcap, bool gelu,
+                         const std::vector<DecodeLayer>& layers) {
+  return {width,
+          heads,
+          kv_heads,
+          head_size,
+          type,
+          pointer<const void>(embedding),
+          embedding_stride,
+          embedding_scale,
+          pointer<const void>(final_norm),
+          eps,
+          norm_offset,
+          attention_scale,
+          softcap,
+          gelu,
+          layers};
+}
+
+DecodeArgs decode_args(int64_t rows, Address tokens, Address positions, Address base, Address start,
+                       Address capacity, Address shared, Address chain_begin, Address chain,
+                       Address cosine, Address sine, Address hidden) {
+  return {rows,
+          pointer<const int64_t>(tokens),
+          pointer<const int64_t>(positions),
+          pointer<const int64_t>(base),
+          pointer<const int64_t>(start),
+          pointer<const int64_t>(capacity),
+          pointer<const int64_t>(shared),
+          pointer<const int64_t>(chain_begin),
+          pointer<const int64_t>(chain),
+          pointer<const float>(cosine),
+          pointer<const float>(sine),
+          pointer<void>(hidden)};
+}
+
+GenerateArgs generate_args(const DecodeArgs& decode, const SampleArgs& sample, int64_t steps,
+                           int64_t fewest, Address room, Address stops, int64_t stop_count,
+                           Address count) {
+  return {decode,
+          sample,
+          steps,
+          fewest,
+          pointer<const int64_t>(room),
+          pointer<const int64_t>(stops),
+          stop_count,
+          pointer<int64_t>(count)};
+}
+
+}  // namespace
+
+void bind_decode(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<DecodeLinear>(m, "decode_linear").def(py::init(&decode_linear));
+  py::class_<DecodeLayer>(m, "decode_layer").def(py::init(&decode_layer));
+  py::class_<DecodeModel>(m, "decode_model").def(py::init(&decode_model));
+  py::class_<DecodeArgs>(m, "decode_args").def(py::init(&decode_args));
+  py::class_<GenerateArgs>(m, "generate_args").def(py::init(&generate_args));
+
+  m.def("use_huge_pages", &use_huge_pages);
+  py::class_<Scratch>(m, "decode_scratch").def(py::init<>());
+  m.def("decode_cpu", &decode_cpu, release());
+  m.def("generate_cpu", &generate_cpu, release());
+}
+
+}  // namespace fastrl
