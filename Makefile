@@ -79,13 +79,13 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(INSTALLED)
-	@echo "compiling the native kernels"
+	@echo "compiling the native kernels: some minutes the first time"
 	$(EDITABLE) '.[gym]'
 	touch $@
 
 # All that .installed has as well, compiled once.
 $(VENV)/.installed-dev: $(VENV)/.torch $(INSTALLED)
-	@echo "compiling the native kernels"
+	@echo "compiling the native kernels: some minutes the first time"
 	$(EDITABLE) '.[dev]'
 	touch $(VENV)/.installed $@
 

@@ -321,6 +321,7 @@ def test_a_model_that_looks_beyond_its_completion_is_found():
     ("change", "message"),
     [
         (lambda p, i, m: ([[], *p[1:]], i, m), "empty prompt"),
+        (lambda p, i, m: (torch.ones(6, 2).long(), i, m), "must be a list .* without padding"),
         (lambda p, i, m: (p[1:], i, m), r"must be \[B=6, T\] for 6 prompts"),
         (lambda p, i, m: (p, i, m.long()), "completion_mask must be bool"),
         (lambda p, i, m: (p, i, m.flip(1)), "right-padded"),

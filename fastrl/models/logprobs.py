@@ -32,6 +32,19 @@ def group_rows(prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(group) for _, group in groupby(rows, key=lambda row: prompt_ids[row])]
 
 
+def _check_prompts(prompt_ids: Sequence[Sequence[int]]) -> None:
+    if isinstance(prompt_ids, Tensor):
+        raise ValueError(
+            "prompt_ids must be a list with the token ids of each row, without padding, got a "
+            f"tensor of shape {tuple(prompt_ids.shape)}; with its attention mask that list is "
+            "[ids[mask].tolist() for ids, mask in zip(prompt_ids, attention_mask.bool())]"
+        )
+    if not all(map(len, prompt_ids)):
+        raise ValueError(
+            "prompt_ids holds an empty prompt; a completion needs at least one token before it"
+        )
+
+
 class Packed(NamedTuple):
     """Groups packed as `prompt | c_1 | ... | c_G`, and where each row's tokens are."""
 
@@ -53,9 +66,10 @@ def pack_groups(
     Where log-probs are asked for, a completion's last token is predicted, never read, so its
     segment ends one token earlier; `whole` keeps it.
 
-    Raises `ValueError` for an empty prompt, a number of prompts other than B and a mask that is not
-    `[B, T]` bool, right-padded.
+    Raises `ValueError` for prompts as a tensor, an empty prompt, a number other than B and a mask
+    that is not `[B, T]` bool, right-padded.
     """
+    _check_prompts(prompt_ids)
     rows, device = len(prompt_ids), completion_ids.device
     if completion_ids.dim() != 2 or len(completion_ids) != rows:
         raise ValueError(
@@ -69,10 +83,6 @@ def pack_groups(
         )
     if (completion_mask[:, 1:] & ~completion_mask[:, :-1]).any():
         raise ValueError("completion_mask must be right-padded: true up to a row's length")
-    if not all(map(len, prompt_ids)):
-        raise ValueError(
-            "prompt_ids holds an empty prompt; a completion needs at least one token before it"
-        )
     groups = group_rows(prompt_ids)
     lengths = [n if whole else max(n - 1, 0) for n in completion_mask.sum(-1).tolist()]
     layout = GroupLayout.from_lengths(
@@ -183,14 +193,11 @@ def pad_rows(
 ) -> tuple[Tensor, Tensor]:
     """Right-padded rows `prompt | completion`, and the column of each completion token `[B, T]`.
 
-    Raises `ValueError` for an empty prompt.
+    Raises `ValueError` for prompts as a tensor and an empty prompt.
     """
     device = completion_ids.device
+    _check_prompts(prompt_ids)
     lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
-    if (lengths == 0).any():
-        raise ValueError(
-            "prompt_ids holds an empty prompt; a completion needs at least one token before it"
-        )
     rows, steps = completion_ids.shape
     ids = torch.zeros(rows, int(lengths.max()) + steps, dtype=torch.int64)
     for row, prompt in enumerate(prompt_ids):
