@@ -29,6 +29,7 @@ using fastrl::AttentionForwardArgs;
 using fastrl::DecodeArgs;
 using fastrl::DecodeLayer;
 using fastrl::DecodeLinear;
+using fastrl::DecodeMatrix;
 using fastrl::DecodeModel;
 using fastrl::DequantizeArgs;
 using fastrl::Float;
@@ -42,6 +43,7 @@ using fastrl::LogitsBackwardArgs;
 using fastrl::LogitsForwardArgs;
 using fastrl::LogprobBackwardArgs;
 using fastrl::LogprobForwardArgs;
+using fastrl::LowRank;
 using fastrl::pointer;
 using fastrl::PoolScoreArgs;
 using fastrl::QuantLinearArgs;
@@ -182,9 +184,17 @@ void decode_cpu(const DecodeModel& model, const DecodeArgs& args, DecodeScratch&
 void generate_cpu(const DecodeModel& model, const GenerateArgs& args, DecodeScratch& scratch,
                   int threads){FASTRL_DISPATCH(generate, model, args, scratch.arenas, threads)}
 
-DecodeLinear
-    decode_linear(Address weight, int64_t rows, int64_t depth, int64_t stride, Address bias) {
-  return {pointer<const void>(weight), rows, depth, stride, pointer<const void>(bias)};
+DecodeMatrix decode_matrix(Address weight, int64_t rows, int64_t depth, int64_t stride,
+                           Address bias, Float type) {
+  return {pointer<const void>(weight), rows, depth, stride, pointer<const void>(bias), type};
+}
+
+LowRank low_rank(const DecodeMatrix& a, const DecodeMatrix& b, float scaling) {
+  return {a, b, scaling};
+}
+
+DecodeLinear decode_linear(const DecodeMatrix& base, const std::vector<LowRank>& adapters) {
+  return {base, adapters};
 }
 
 DecodeLayer decode_layer(const std::array<DecodeLinear, 7>& linear,
@@ -542,6 +552,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("shared_prefix_attention_fwd_cpu", &shared_prefix_attention_fwd_cpu, release());
   m.def("shared_prefix_attention_bwd_cpu", &shared_prefix_attention_bwd_cpu, release());
+  py::class_<DecodeMatrix>(m, "decode_matrix").def(py::init(&decode_matrix));
+  py::class_<LowRank>(m, "low_rank").def(py::init(&low_rank));
   py::class_<DecodeLinear>(m, "decode_linear").def(py::init(&decode_linear));
   py::class_<DecodeLayer>(m, "decode_layer").def(py::init(&decode_layer));
   py::class_<DecodeModel>(m, "decode_model").def(py::init(&decode_model));

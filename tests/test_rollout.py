@@ -5,9 +5,10 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from fastrl.kernels import GroupLayout, native
-from fastrl.models import add_lora, completion_logprobs
+from fastrl.models import completion_logprobs
 from fastrl.rollout import RolloutEngine, SamplingParams, generation
 
 PROMPTS = ["1+2=", "12 - 7=", "3", "45 + 45 - 1="]
@@ -240,10 +241,10 @@ def test_other_models_decode_through_their_forward_with_one_warning(model, token
     got = check(other, "Renamed is not one of the known families")
     assert got.completion_lists() == want.completion_lists()
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
-    lora = add_lora(
-        copy.deepcopy(model), rank=2, alpha=4, dropout=0.0, target_modules=["q_proj"], seed=0
-    )
-    assert check(lora, "PeftModel").completion_lists() == want.completion_lists()
+    dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    other = get_peft_model(copy.deepcopy(model), dora)
+    got = check(other, "no plain LoRA but a DoraLinearVariant")
+    assert got.completion_lists() == want.completion_lists()
     hooked = copy.deepcopy(model)
     hooked.model.layers[0].mlp.register_forward_hook(lambda module, given, out: out * 1.5)
     check(hooked, "its hidden states differ")
