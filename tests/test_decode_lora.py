@@ -24,7 +24,7 @@ def awaken(model):
     """B is 0 where adapters begin: let all of them matter."""
     for name, p in model.named_parameters():
         if ".lora_" in name:
-            p.copy_(0.1 * torch.randn(p.shape))
+            p.copy_(0.05 * torch.randn(p.shape))
     return model.eval()
 
 
@@ -106,7 +106,7 @@ def test_greedy_equals_generate(family):
         (["k_proj", "down_proj"], 8, {"lora_bias": True}),
         (["v_proj", "o_proj", "gate_proj"], 17, {"use_rslora": True}),
         (["up_proj"], 64, {"rank_pattern": {"layers.1.mlp.up_proj": 2}}),
-        ("all-linear", 16, {"layers_to_transform": [2]}),
+        (["q_proj", "down_proj"], 16, {"layers_to_transform": [2]}),
     ],
 )
 def test_log_probs_equal_the_trainers(targets, rank, options):
@@ -148,7 +148,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 256, "intermediate_size": 1200}])
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 240, "intermediate_size": 1600}])
 def test_a_rows_bits_are_its_own(sizes, dtype):
     """Layers that a core takes whole, and larger ones whose products threads share."""
     model = adapted("gemma2", dtype, sizes=sizes | {"num_hidden_layers": 2}, r=9)
@@ -301,7 +301,7 @@ def test_what_is_not_known_is_refused():
 def test_every_instruction_set():
     code = (
         "import test_decode_lora as t\n"
-        "t.test_log_probs_equal_the_trainers('all-linear', 16, {})\n"
+        "t.test_log_probs_equal_the_trainers(['k_proj', 'down_proj'], 17, {})\n"
         "t.test_hidden_states_equal_the_forward('qwen2', t.torch.bfloat16)\n"
         "t.test_adapters_of_other_types()\n"
         "t.test_a_rows_bits_are_its_own({}, t.torch.bfloat16)\n"

@@ -197,6 +197,13 @@ def test_waiting_groups_take_the_places_of_finished_rows(model, tokenizer, monke
         assert len(sizes) < 6 * max(got.layout.completion_lengths[0::8])
 
 
+def test_a_call_that_made_one_draw_of_many_hands_on_every_rows_token():
+    """As where a step takes longer than a call's patience: the tokens lie apart in memory."""
+    room = torch.arange(12).view(3, 4)
+    drawn = generation.Drawn(room[:, :1], room[:, :1], room[:, :1], torch.ones(3).long())
+    assert drawn.last().tolist() == [0, 4, 8] and drawn.last().is_contiguous()
+
+
 def test_layout_is_what_the_kernels_take(engine):
     out = engine.generate(PROMPTS, 3, SamplingParams(max_new_tokens=9, seed=1))
     assert isinstance(out.layout, GroupLayout)
