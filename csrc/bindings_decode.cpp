@@ -37,9 +37,17 @@ void decode_cpu(const DecodeModel& model, const DecodeArgs& args, Scratch& scrat
 void generate_cpu(const DecodeModel& model, const GenerateArgs& args, Scratch& scratch,
                   int threads){FASTRL_DISPATCH(generate, model, args, scratch.arenas, threads)}
 
-DecodeLinear
-    decode_linear(Address weight, int64_t rows, int64_t depth, int64_t stride, Address bias) {
-  return {pointer<const void>(weight), rows, depth, stride, pointer<const void>(bias)};
+DecodeMatrix decode_matrix(Address weight, int64_t rows, int64_t depth, int64_t stride,
+                           Address bias, Float type) {
+  return {pointer<const void>(weight), rows, depth, stride, pointer<const void>(bias), type};
+}
+
+LowRank low_rank(const DecodeMatrix& a, const DecodeMatrix& b, float scaling) {
+  return {a, b, scaling};
+}
+
+DecodeLinear decode_linear(const DecodeMatrix& base, const std::vector<LowRank>& adapters) {
+  return {base, adapters};
 }
 
 DecodeLayer decode_layer(const std::array<DecodeLinear, 7>& linear,
@@ -105,6 +113,8 @@ GenerateArgs generate_args(const DecodeArgs& decode, const SampleArgs& sample, i
 
 void bind_decode(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<DecodeMatrix>(m, "decode_matrix").def(py::init(&decode_matrix));
+  py::class_<LowRank>(m, "low_rank").def(py::init(&low_rank));
   py::class_<DecodeLinear>(m, "decode_linear").def(py::init(&decode_linear));
   py::class_<DecodeLayer>(m, "decode_layer").def(py::init(&decode_layer));
   py::class_<DecodeModel>(m, "decode_model").def(py::init(&decode_model));

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "test_attention.py": "lengths or bits or company or extreme",
     "test_decode.py": "(hidden_states and qwen2 or bits) and dtype1",
+    "test_decode_lora.py": "(hidden_states and qwen2 or bits and sizes0) and dtype1",
     "test_logprob.py": "not more_logits_than_int32",
     "test_quant.py": "bits and not bitsandbytes and not instruction_set or by_hand",
     "test_sample.py": "not beyond_one_group",

@@ -5,9 +5,10 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from fastrl.kernels import GroupLayout, native
-from fastrl.models import add_lora, completion_logprobs
+from fastrl.models import completion_logprobs
 from fastrl.rollout import RolloutEngine, SamplingParams, generation
 
 PROMPTS = ["1+2=", "12 - 7=", "3", "45 + 45 - 1="]
@@ -196,6 +197,13 @@ def test_waiting_groups_take_the_places_of_finished_rows(model, tokenizer, monke
         assert len(sizes) < 6 * max(got.layout.completion_lengths[0::8])
 
 
+def test_a_call_that_made_one_draw_of_many_hands_on_every_rows_token():
+    """As where a step takes longer than a call's patience: the tokens lie apart in memory."""
+    room = torch.arange(12).view(3, 4)
+    drawn = generation.Drawn(room[:, :1], room[:, :1], room[:, :1], torch.ones(3).long())
+    assert drawn.last().tolist() == [0, 4, 8] and drawn.last().is_contiguous()
+
+
 def test_layout_is_what_the_kernels_take(engine):
     out = engine.generate(PROMPTS, 3, SamplingParams(max_new_tokens=9, seed=1))
     assert isinstance(out.layout, GroupLayout)
@@ -240,10 +248,10 @@ def test_other_models_decode_through_their_forward_with_one_warning(model, token
     got = check(other, "Renamed is not one of the known families")
     assert got.completion_lists() == want.completion_lists()
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
-    lora = add_lora(
-        copy.deepcopy(model), rank=2, alpha=4, dropout=0.0, target_modules=["q_proj"], seed=0
-    )
-    assert check(lora, "PeftModel").completion_lists() == want.completion_lists()
+    dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    other = get_peft_model(copy.deepcopy(model), dora)
+    got = check(other, "no plain LoRA but a DoraLinearVariant")
+    assert got.completion_lists() == want.completion_lists()
     hooked = copy.deepcopy(model)
     hooked.model.layers[0].mlp.register_forward_hook(lambda module, given, out: out * 1.5)
     check(hooked, "its hidden states differ")

@@ -18,11 +18,31 @@
 
 namespace fastrl {
 
-// y = weight x + bias; like all parameters, in the model's type.
-struct DecodeLinear {
+// weight x + bias
+struct DecodeMatrix {
   const void* weight;  // [rows, depth], rows `stride` elements apart
   int64_t rows, depth, stride;
   const void* bias;  // [rows] or null
+  Float type;        // of both
+};
+
+// scaling * b(a(x)), whose types may differ from the model's.
+struct LowRank {
+  DecodeMatrix a, b;  // a: [rank, depth], no bias
+  float scaling;
+};
+
+// y = weight x + bias, in the model's type, and what each adapter adds.
+struct DecodeLinear : DecodeMatrix {
+  std::vector<LowRank> adapters;
+
+  int64_t rank() const {
+    int64_t sum = 0;
+    for (const LowRank& adapter : adapters) {
+      sum += adapter.a.rows;
+    }
+    return sum;
+  }
 };
 
 struct DecodeLayer {
@@ -35,8 +55,8 @@ struct DecodeLayer {
 
 struct DecodeModel {
   int64_t width, heads, kv_heads, head_size;  // H, Hq, Hkv, D
-  Float type;                                 // of parameters, keys and values
-  const void* embedding;                      // [V, H], rows embedding_stride elements apart
+  Float type;             // of parameters, but adapters', and of keys and values
+  const void* embedding;  // [V, H], rows embedding_stride elements apart
   int64_t embedding_stride;
   float embedding_scale;
   const void* final_norm;  // [H]

@@ -9,7 +9,8 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kWorthWaking = 64 << 10;  // numbers to normalize, for another thread to help
+constexpr int64_t kWorthWaking = 64 << 10;     // numbers to normalize, for another thread to help
+constexpr int64_t kWorthReducing = 256 << 10;  // multiplications of adapters, likewise
 
 template <class Kind>
 class Decoder {
@@ -22,10 +23,12 @@ class Decoder {
         depth_(round_up(m.head_size, kLanes)),
         projected_((m.heads + 2 * m.kv_heads) * m.head_size),
         inner_(m.layers[0].gate.rows),
+        slot_(lanes_.panels() * most_rank(m) * kPanel),
         attention_(m, a, arena, threads),
         x_(arena, lanes_.panels() * m.width * kPanel),
         y_(arena, lanes_.panels() * std::max(projected_, m.width) * kPanel),
         angles_(arena, lanes_.panels() * m.head_size * kPanel),
+        low_(arena, 3 * slot_),
         input_(arena, lanes_, std::max(m.width, m.heads * m.head_size)),
         gated_(arena, lanes_, inner_) {}
 
@@ -101,8 +104,53 @@ class Decoder {
     return load(x + k * kPanel) * scale * (m_.norm_offset + weight[k]);
   }
 
+  static int64_t most_rank(const DecodeModel& m) {
+    int64_t most = 0;
+    for (const DecodeLayer& l : m.layers) {
+      for (const DecodeLinear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) {
+        most = std::max(most, w->rank());
+      }
+    }
+    return most;
+  }
+
+  // What adapters of the linears that read `from` reduce it to, a slot of low_ for each linear.
+  void reduce(std::initializer_list<const DecodeLinear*> linears, const Operand<Kind>& from) {
+    struct Piece {
+      const DecodeMatrix* a;
+      int64_t r0;
+      float* to;
+      int64_t rank;
+    };
+    std::vector<Piece> pieces;
+    int64_t slot = 0, work = 0;
+    for (const DecodeLinear* w : linears) {
+      float* to = low(slot++);
+      for (const LowRank& adapter : w->adapters) {
+        const DecodeMatrix& a = adapter.a;
+        for (int64_t r0 = 0; r0 < a.rows; r0 += kRows) {
+          pieces.push_back({&a, r0, to + r0 * kPanel, w->rank()});
+        }
+        to += a.rows * kPanel;
+        work += a.rows * a.depth * a_.rows;
+      }
+    }
+    const int64_t count = pieces.size();
+    const int threads = work < kWorthReducing ? 1 : threads_;
+    parallel_for(count * lanes_.panels(), threads, [&](int64_t task) {
+      const Piece& piece = pieces[task % count];
+      const int64_t p = task / count, depth = piece.a->depth;
+      BlockProduct<typename Kind::OfFloats> product(*piece.a);
+      product.take(piece.r0, static_cast<int>(std::min<int64_t>(kRows, piece.a->rows - piece.r0)));
+      product.with(from.panel(p, depth), lanes_.vectors(p), piece.to + p * piece.rank * kPanel);
+    });
+  }
+
+  float* low(int64_t slot) const { return low_.get() + slot * slot_; }
+
   // y_ = q, k and v of input_, one after the other.
   void project(const DecodeLayer& layer) {
+    reduce({&layer.q, &layer.k, &layer.v}, input_);
     const DecodeLinear* weights[] = {&layer.q, &layer.k, &layer.v};
     const BlockTasks tasks[] = {{lanes_, layer.q.rows, threads_},
                                 {lanes_, layer.k.rows, threads_},
@@ -112,12 +160,12 @@ class Decoder {
       const int which = task < q ? 0 : task < k ? 1 : 2;
       const int64_t before[] = {0, q, k};
       const int64_t first[] = {0, layer.q.rows, layer.q.rows + layer.k.rows};
-      BlockProduct<Kind> product(*weights[which], m_.type);
+      LinearProduct<Kind> product(*weights[which], low(which));
       alignas(64) float z[kBlock * kPanel];
       tasks[which].run(
           task - before[which], [&](int64_t r0, int n) { product.take(r0, n); },
           [&](int64_t r0, int n, int64_t p) {
-            product.with(input_.panel(p, m_.width), lanes_.vectors(p), z);
+            product.with(input_.panel(p, m_.width), p, lanes_.vectors(p), z);
             float* to = y_.get() + (p * projected_ + first[which] + r0) * kPanel;
             for (int r = 0; r < n; ++r) {
               for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
@@ -210,15 +258,16 @@ class Decoder {
 
   // x_ += norm(weight from), or without a norm.
   void add(const DecodeLinear& w, const Operand<Kind>& from, const void* norm) {
+    reduce({&w}, from);
     const BlockTasks tasks(lanes_, w.rows, threads_);
     float* const sum = norm ? y_.get() : x_.get();
     parallel_for(tasks.count(), threads_, [&](int64_t task) {
-      BlockProduct<Kind> product(w, m_.type);
+      LinearProduct<Kind> product(w, low(0));
       alignas(64) float z[kBlock * kPanel];
       tasks.run(
           task, [&](int64_t r0, int n) { product.take(r0, n); },
           [&](int64_t r0, int n, int64_t p) {
-            product.with(from.panel(p, w.depth), lanes_.vectors(p), z);
+            product.with(from.panel(p, w.depth), p, lanes_.vectors(p), z);
             float* to = sum + (p * m_.width + r0) * kPanel;
             for (int r = 0; r < n; ++r) {
               for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
@@ -243,9 +292,10 @@ class Decoder {
 
   // gated_ = act(gate input_) * up input_
   void gate(const DecodeLayer& layer) {
+    reduce({&layer.gate, &layer.up}, input_);
     const BlockTasks tasks(lanes_, inner_, threads_);
     parallel_for(tasks.count(), threads_, [&](int64_t task) {
-      BlockProduct<Kind> gate(layer.gate, m_.type), up(layer.up, m_.type);
+      LinearProduct<Kind> gate(layer.gate, low(0)), up(layer.up, low(1));
       alignas(64) float g[kBlock * kPanel], u[kBlock * kPanel];
       tasks.run(
           task,
@@ -255,8 +305,8 @@ class Decoder {
           },
           [&](int64_t r0, int n, int64_t p) {
             const auto* from = input_.panel(p, m_.width);
-            gate.with(from, lanes_.vectors(p), g);
-            up.with(from, lanes_.vectors(p), u);
+            gate.with(from, p, lanes_.vectors(p), g);
+            up.with(from, p, lanes_.vectors(p), u);
             for (int j = 0; j < lanes_.vectors(p); ++j) {
               const auto product = [&](int r) {
                 const int64_t at = r * kPanel + j * kLanes;
@@ -294,11 +344,12 @@ class Decoder {
   const DecodeArgs& a_;
   const int threads_;
   const Lanes lanes_;
-  const int64_t depth_, projected_, inner_;
+  const int64_t depth_, projected_, inner_, slot_;
   Attention attention_;
   Borrowed<float> x_;       // [panel][H][kPanel], the residual stream
   Borrowed<float> y_;       // what products leave
   Borrowed<float> angles_;  // [panel][D][kPanel]: cosines, then sines
+  Borrowed<float> low_;     // per linear of a stage: [panel][rank][kPanel]
   Operand<Kind> input_, gated_;
 };
 

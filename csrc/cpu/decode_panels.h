@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <list>
 
 #include "decode.h"
 #include "linear.h"
@@ -94,26 +95,25 @@ class Parameters {
   const float* data_;
 };
 
-// A block of rows of weights times a panel, z[kBlock, kPanel].
+// A block of rows of a matrix times a panel, z[kBlock, kPanel].
 template <class Kind>
 class BlockProduct {
  public:
-  BlockProduct(const DecodeLinear& w, Float type)
+  explicit BlockProduct(const DecodeMatrix& w)
       : w_(w),
-        type_(type),
-        convert_(Kind::kStep == 1 && type != Float::f32),
-        bias_(w.bias, type, w.rows),
+        convert_(Kind::kBytes == 4 * Kind::kStep && w.type != Float::f32),
+        bias_(w.bias, w.type, w.rows),
         scratch_(convert_ ? kBlock * w.depth : 0) {}
 
   void take(int64_t r0, int n) {
     r0_ = r0;
     n_ = n;
-    const int64_t stride = w_.stride * bytes(type_);
+    const int64_t stride = w_.stride * bytes(w_.type);
     const char* from = static_cast<const char*>(w_.weight) + r0 * stride;
     rows_ = {from, stride};
     if (convert_) {
       for (int r = 0; r < n; ++r) {
-        to_floats(from + r * stride, type_, w_.depth, scratch_.get() + r * w_.depth);
+        to_floats(from + r * stride, w_.type, w_.depth, scratch_.get() + r * w_.depth);
       }
       rows_ = {reinterpret_cast<const char*>(scratch_.get()), w_.depth * 4};
     }
@@ -121,26 +121,72 @@ class BlockProduct {
 
   void with(const typename Kind::Element* panel, int vectors, float* z) const {
     multiply_streamed<Kind>(rows_, n_, w_.depth / Kind::kStep, panel, vectors, z);
-    if (!bias_) {
-      return;
+    if (bias_) {
+      each(vectors, [&](int r, int at) { store(z + at, load(z + at) + bias_[r0_ + r]); });
     }
+  }
+
+  // task(r, at) for the vectors of a block: of its row r, and where they are in z.
+  template <class Task>
+  void each(int vectors, const Task& task) const {
     for (int r = 0; r < n_; ++r) {
       for (int j = 0; j < vectors; ++j) {
-        float* at = z + r * kPanel + j * kLanes;
-        store(at, load(at) + bias_[r0_ + r]);
+        task(r, r * kPanel + j * kLanes);
       }
     }
   }
 
  private:
-  const DecodeLinear& w_;
-  const Float type_;
+  const DecodeMatrix& w_;
   const bool convert_;
   Parameters bias_;
   Buffer<float> scratch_;
   EvenRows rows_ = {};
   int64_t r0_ = 0;
   int n_ = 0;
+};
+
+// The same of a linear with its adapters; `low` is what these reduced the panels to.
+template <class Kind>
+class LinearProduct {
+ public:
+  LinearProduct(const DecodeLinear& w, const float* low) : low_(low), rank_(w.rank()), base_(w) {
+    for (const LowRank& adapter : w.adapters) {
+      addends_.emplace_back(adapter);
+    }
+  }
+
+  void take(int64_t r0, int n) {
+    base_.take(r0, n);
+    for (Addend& addend : addends_) {
+      addend.product.take(r0, n);
+    }
+  }
+
+  void with(const typename Kind::Element* panel, int64_t p, int vectors, float* z) const {
+    base_.with(panel, vectors, z);
+    const float* low = low_ + p * rank_ * kPanel;
+    for (const Addend& addend : addends_) {
+      alignas(64) float y[kBlock * kPanel];
+      addend.product.with(low, vectors, y);
+      const float scaling = addend.adapter.scaling;
+      base_.each(vectors,
+                 [&](int, int at) { store(z + at, load(z + at) + load(y + at) * scaling); });
+      low += addend.adapter.a.rows * kPanel;
+    }
+  }
+
+ private:
+  struct Addend {
+    explicit Addend(const LowRank& adapter) : adapter(adapter), product(adapter.b) {}
+    const LowRank& adapter;
+    BlockProduct<Floats> product;
+  };
+
+  const float* low_;  // [panel][rank][kPanel], one adapter after the other
+  const int64_t rank_;
+  BlockProduct<Kind> base_;
+  std::list<Addend> addends_;
 };
 
 // Runs over blocks of `rows` rows of a weight and panels: task(first row, rows, first panel,

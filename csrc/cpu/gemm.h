@@ -11,7 +11,7 @@
 //
 // Two kinds: floats; or bf16 pairs, two neighbours in depth side by side in 32 bits, whose products
 // the CPU sums in float (AVX-512 BF16; AMX, where a pair of neighbouring rows of a panel is a row
-// of a tile).
+// of a tile). Where A has floats and the panel pairs, Kind::OfFloats.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,9 @@ constexpr int kBlock = 48;
 struct Floats {
   using Element = float;
   static constexpr int kStep = 1;         // elements of depth in one
+  static constexpr int kBytes = 4;        // of a row of A that meet it
   static constexpr int64_t kSteps = 256;  // that are summed from zero
+  using OfFloats = Floats;
   static inline Vec multiply_add(const float* a, Vec b, Vec c) { return fma(splat(*a), b, c); }
 
   using Kept = float;
@@ -49,9 +51,23 @@ struct Floats {
 
 #if defined(__AVX512BF16__) || defined(FASTRL_TILES)
 #define FASTRL_PAIRS
+// A's numbers as they are, and the panel's as if they had been floats: the sums of Floats.
+struct UnpairedFloats {
+  using Element = uint32_t;
+  static constexpr int kStep = 2, kBytes = 8;
+  static constexpr int64_t kSteps = Floats::kSteps / kStep;
+  static inline Vec multiply_add(const uint32_t* a, Vec b, Vec c) {
+    float even_odd[2];
+    std::memcpy(even_odd, a, sizeof even_odd);
+    const Vec even = as_float(as_int(b) << 16), odd = as_float(as_int(b) & -65536);
+    return fma(splat(even_odd[1]), odd, fma(splat(even_odd[0]), even, c));
+  }
+};
+
 struct Pairs {
   using Element = uint32_t;
-  static constexpr int kStep = 2;
+  using OfFloats = UnpairedFloats;
+  static constexpr int kStep = 2, kBytes = 4;
 #ifdef FASTRL_TILES
   static constexpr int64_t kSteps = 256;
 #else

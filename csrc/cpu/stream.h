@@ -4,6 +4,8 @@
 // 16-bit numbers can become floats on the way, a few at a time, where the nearest cache holds them.
 #pragma once
 
+#include <type_traits>
+
 #include "convert.h"
 #include "gemm.h"
 
@@ -24,7 +26,7 @@ __attribute__((noinline)) void stream_tile(const char* a, int64_t stride, int64_
                                            float* c, bool first) {
   using Element = typename Kind::Element;
   static_assert(R <= 12);
-  constexpr int64_t kLine = 64 / sizeof(Element);
+  constexpr int64_t kLine = 64 / Kind::kBytes;
   const int64_t three = 3 * stride, five = 5 * stride, seven = 7 * stride;
   const float* b = reinterpret_cast<const float*>(panel);
   Vec sum[R][V];  // in registers, as long as every loop over it is unrolled
@@ -35,7 +37,7 @@ __attribute__((noinline)) void stream_tile(const char* a, int64_t stride, int64_
       sum[r][j] = splat(0.0f);
     }
   }
-  for (int64_t k = 0; k < steps; ++k, a += 4, b += kPanel) {
+  for (int64_t k = 0; k < steps; ++k, a += Kind::kBytes, b += kPanel) {
     if (k % kLine == 0) {
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(a + (ahead + r) * stride);
@@ -83,7 +85,7 @@ template <class Kind, int R, int V>
 void stream_rows(const EvenRows& a, int r, int rows, int64_t k, int64_t steps, int64_t ahead,
                  const typename Kind::Element* panel, float* c) {
   for (; r + R <= rows; r += R) {
-    stream_tile<Kind, R, V>(a.data + r * a.stride + k * 4, a.stride, ahead, steps,
+    stream_tile<Kind, R, V>(a.data + r * a.stride + k * Kind::kBytes, a.stride, ahead, steps,
                             panel + k * kPanel, c + r * kPanel, k == 0);
   }
   if constexpr (R > 1) {
@@ -116,7 +118,7 @@ template <class Kind>
 void multiply_streamed(const EvenRows& a, int rows, int64_t steps,
                        const typename Kind::Element* panel, int vectors, float* c) {
 #ifdef FASTRL_TILES
-  if constexpr (Kind::kStep == 2) {  // tiles sum otherwise
+  if constexpr (std::is_same_v<Kind, Pairs>) {  // tiles sum otherwise
     Rows all;
     all.data = a.data;
     all.stride = 4;

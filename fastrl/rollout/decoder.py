@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import (
     Gemma2ForCausalLM,
@@ -20,7 +21,8 @@ from fastrl.kernels.logprob.cpu import Drawing
 from fastrl.kernels.logprob.draws import Draws
 from fastrl.kernels.logprob.parallel import is_dtensor
 from fastrl.kernels.native import module, pointer, threads, unavailable
-from fastrl.models.head import LmHead
+from fastrl.models.adapters import low_rank
+from fastrl.models.head import LmHead, unwrap
 from fastrl.rollout.cache import CHUNK, Branch, Layout, Node
 from fastrl.rollout.generation import Drawn, Turn
 
@@ -52,26 +54,52 @@ def reads_head(head: LmHead) -> bool:
     return head.weight.dtype in FLOATS and not any(map(is_dtensor, parts))
 
 
+def _float(dtype: torch.dtype) -> Any:
+    return getattr(module().Float, str(dtype).removeprefix("torch."))
+
+
+def _matrix(m: nn.Linear) -> Any:
+    w = m.weight
+    return module().decode_matrix(
+        pointer(w), *w.shape, w.stride(0), pointer(m.bias), _float(w.dtype)
+    )
+
+
+def _linear(layer: nn.Module) -> Any:
+    try:
+        base, adapters = low_rank(layer)
+    except ValueError as error:
+        raise UnsupportedModel(str(error)) from error
+    need(type(base) is nn.Linear, f"it has a projection of another type, {type(base).__name__}")
+    added = [module().low_rank(_matrix(a), _matrix(b), scaling) for a, b, scaling in adapters]
+    return module().decode_linear(_matrix(base), added)
+
+
 def _scaling(config: Any, head_size: int) -> float:
     scalar = getattr(config, "query_pre_attn_scalar", None)
     return (head_size if scalar is None else scalar) ** -0.5
 
 
 class Decoder:
-    """A causal LM's layers on the CPU, on the model's own parameters.
+    """A causal LM's layers on the CPU, on its own parameters and those of its LoRA adapters.
 
-    Raises `UnsupportedModel` for what it does not know. It holds addresses of parameters, so it has
-    to be made anew where `fingerprint` finds that one has moved.
+    Raises `UnsupportedModel` for what it does not know. It holds addresses of parameters and what
+    adapters there are, so it has to be made anew where the `places` of `fingerprint` change.
     """
 
     def __init__(self, model: nn.Module):
+        model = unwrap(model)
         need(type(model) in FAMILIES, f"{type(model).__name__} is not one of the known families")
         self._inner = model.get_decoder()  # type: ignore[operator]
         self._config = c = self._inner.config
         embedding = self._inner.embed_tokens
+        need(isinstance(embedding, nn.Embedding), "its embedding is of another type")
+        for part in self._inner.modules():
+            need(not isinstance(part, AuxiliaryTrainingWrapper), "peft has replaced a module of it")
         self._dtype = embedding.weight.dtype
         for name, p in self._inner.named_parameters():
-            need(p.dtype == self._dtype, f"{name} is {p.dtype}, the embedding {self._dtype}")
+            alike = p.dtype in FLOATS if ".lora_" in name else p.dtype == self._dtype
+            need(alike, f"{name} is {p.dtype}, the embedding {self._dtype}")
             need(p.device.type == "cpu" and type(p) is nn.Parameter, f"{name} is no CPU tensor")
             need(p.dim() == 1 or p.stride(1) == 1, f"{name} is not stored row by row")
         need(
@@ -100,7 +128,7 @@ class Decoder:
             c.num_attention_heads,
             self.kv_heads,
             self.head_size,
-            getattr(native.Float, str(self._dtype).removeprefix("torch.")),
+            _float(self._dtype),
             pointer(embedding.weight),
             embedding.weight.stride(0),
             torch.tensor(scale).to(self._dtype).item(),
@@ -119,7 +147,6 @@ class Decoder:
             *(getattr(attention, f"{name}_proj") for name in "qkvo"),
             *(getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")),
         ]
-        need(all(type(m) is nn.Linear for m in linears), "it has a projection of another type")
         # Gemma 2 calls the norm before its MLP differently, and has one after attention and MLP.
         extra = hasattr(layer, "pre_feedforward_layernorm")
         norms = (
@@ -133,14 +160,8 @@ class Decoder:
         window = getattr(attention, "sliding_window", None)
         if not hasattr(attention, "sliding_window"):  # Mistral has it for all layers
             window = getattr(self._config, "sliding_window", None)
-        native = module()
-        return native.decode_layer(
-            [
-                native.decode_linear(
-                    pointer(m.weight), *m.weight.shape, m.weight.stride(0), pointer(m.bias)
-                )
-                for m in linears
-            ],
+        return module().decode_layer(
+            [_linear(m) for m in linears],
             [0 if n is None else pointer(n.weight) for n in norms],
             window or 0,
         )
@@ -282,19 +303,3 @@ class Decoder:
                 if i <= last < i + rows:
                     branch.hidden = hidden[last - i].clone()
         return branches
-
-
-class Decodes(Protocol):
-    """A decoder, on whatever device; its layouts and its scratch are its own."""
-
-    def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]: ...
-
-    def place(self, branches: Sequence[Branch]) -> tuple[Any, Tensor]: ...
-
-    def run(
-        self, tokens: Tensor, positions: Tensor, layout: Any, scratch: Any = None
-    ) -> Tensor: ...
-
-    def no_rows(self) -> Tensor: ...
-
-    def scratch(self) -> Any: ...

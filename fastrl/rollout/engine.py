@@ -11,10 +11,10 @@ from fastrl.kernels import Samples
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import generation
 from fastrl.rollout.cache import Branch
-from fastrl.rollout.decoder import Decoder, Decodes, UnsupportedModel
+from fastrl.rollout.decoder import Decoder, UnsupportedModel
 from fastrl.rollout.device import DeviceDecoder
 from fastrl.rollout.huggingface import HuggingFaceRows
-from fastrl.rollout.native import CpuRows, NativeRows
+from fastrl.rollout.native import CpuRows, Decodes, NativeRows
 from fastrl.rollout.request import Prompts, check_prompts, check_request, context_length, encode
 from fastrl.rollout.sampling import GroupStop, Rollouts, SamplingParams
 from fastrl.rollout.weights import WeightVersion
@@ -25,15 +25,16 @@ CHECKED = 8  # tokens that the native decoder and Hugging Face's forward are com
 class RolloutEngine:
     """Generates groups of completions; the prompt of a group is prefilled once.
 
-    Llama, Mistral, Qwen2, Qwen3 and Gemma 2 decode natively, on the parameters where they lie,
-    after one comparison with the model's own forward: on a CPU in C++, on a GPU with Triton under
-    CUDA graphs. Other models decode through that forward, with one warning on a CPU;
-    `fallback_reason` says why, and is None otherwise.
+    Llama, Mistral, Qwen2, Qwen3 and Gemma 2, with LoRA adapters or without, decode natively, on the
+    parameters where they lie, after one comparison with the model's own forward: on a CPU in C++,
+    on a GPU with Triton under CUDA graphs. Other models decode through that forward, with one
+    warning on a CPU; `fallback_reason` says why, and is None otherwise.
 
     `weight_version` counts changes of the weights, and every batch of rollouts and every branch
-    carries it. In-place writes to parameters and moves of them are noticed, and so is
-    `weights_changed`; writes past autograd, such as to `parameter.data`, need that call. At most
-    `max_rows` completions are decoded at a time; where some end, waiting groups take their places.
+    carries it. In-place writes to parameters and moves of them are noticed, as are adapters that
+    are switched, scaled, disabled or merged; writes past autograd, such as to `parameter.data`,
+    need `weights_changed`. At most `max_rows` completions are decoded at a time; where some end,
+    waiting groups take their places.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class RolloutEngine:
         self.max_rows = max_rows
         self.fallback_reason: str | None = None
         self._version = WeightVersion(model)
-        self._read: list[int] | None = None  # addresses of the parameters that _decoder reads
+        self._made_for: tuple | None = None  # parameters' addresses and adapters: _decoder's
         self._decoder: Decodes | None = None
 
     @property
@@ -65,11 +66,11 @@ class RolloutEngine:
     @torch.no_grad()
     def _find_decoder(self) -> Decodes | None:
         """The native decoder of the model as it is now, or None."""
-        addresses = self._version.addresses()
-        if addresses == self._read:
+        places = self._version.places()
+        if places == self._made_for:
             return self._decoder
         warned = self.fallback_reason is not None
-        self._read, self._decoder, self.fallback_reason = addresses, None, None
+        self._made_for, self._decoder, self.fallback_reason = places, None, None
         try:
             kind = Decoder if self._device().type == "cpu" else DeviceDecoder
             decoder: Decodes = kind(self.model)

@@ -28,9 +28,9 @@ class Drawn:
     count: Tensor
 
     def last(self) -> Tensor:
-        """The token that each row drew last, `[M]`."""
+        """The token that each row drew last, `[M]`, contiguous: its address is handed on."""
         if self.token.shape[1] == 1:
-            return self.token[:, 0]
+            return self.token[:, 0].contiguous()
         return self.token.gather(1, self.count.unsqueeze(1) - 1).squeeze(1)
 
     def total(self) -> int:

@@ -1,13 +1,30 @@
 """Rows that step together through a decoder of ours."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastrl.rollout.cache import Branch
-from fastrl.rollout.decoder import Decoder, Decodes, reads_head
+from fastrl.rollout.decoder import Decoder, reads_head
 from fastrl.rollout.generation import Drawn, Turn
+
+
+class Decodes(Protocol):
+    """A decoder, on whatever device; its layouts and its scratch are its own."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], weight_version: int) -> list[Branch]: ...
+
+    def place(self, branches: Sequence[Branch]) -> tuple[Any, Tensor]: ...
+
+    def run(
+        self, tokens: Tensor, positions: Tensor, layout: Any, scratch: Any = None
+    ) -> Tensor: ...
+
+    def no_rows(self) -> Tensor: ...
+
+    def scratch(self) -> Any: ...
 
 
 class NativeRows:

@@ -1,19 +1,33 @@
 """When the weights that rollouts were sampled from have changed."""
 
+from typing import NamedTuple
+
 from torch import nn
 
+from fastrl.models.adapters import adapter_state
 
-def fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes with every in-place write to a parameter that autograd sees, and with every move."""
-    local = (getattr(p, "_local_tensor", p) for p in model.parameters())
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in local)
+
+class Fingerprint(NamedTuple):
+    """Changes with every in-place write to a parameter that autograd sees (`versions`), and with
+    every move of one and whenever adapters are switched, scaled, disabled or merged (`places`)."""
+
+    places: tuple
+    versions: tuple[int, ...]
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Of the parameters on this rank, and of peft's adapters."""
+    local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    addresses = tuple(p.data_ptr() for p in local)
+    versions = tuple(0 if p.is_inference() else p._version for p in local)
+    return Fingerprint((addresses, adapter_state(model)), versions)
 
 
 class WeightVersion:
     """Counts the changes of a model's weights, from 0.
 
-    In-place writes to parameters and moves of them are noticed; writes past autograd, such as to
-    `parameter.data`, need `changed`.
+    In-place writes to parameters and moves of them are noticed, and adapters that are switched,
+    scaled, disabled or merged; writes past autograd, such as to `parameter.data`, need `changed`.
     """
 
     def __init__(self, model: nn.Module):
@@ -34,6 +48,6 @@ class WeightVersion:
         self._seen = fingerprint(self._model)
         self._version += 1
 
-    def addresses(self) -> list[int]:
-        """Where the parameters lay when they were last looked at."""
-        return [address for address, _ in self._seen]
+    def places(self) -> tuple:
+        """What a decoder is made for, as it was when last looked at: all but numbers in place."""
+        return self._seen.places
