@@ -229,6 +229,51 @@ def test_cpu_few_rows_have_the_bits_of_many(dtype):
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("warped", [False, True])
+def test_cpu_few_rows_have_the_gradients_of_many(dtype, warped):
+    """Rows that send nothing back change no bit, however many there are; chunks and a rest."""
+    hidden, weight, target = problem(200, 333, 2351, dtype)
+    weight, bias = weight / 9, torch.randn(2351)
+    target[2:200:9] = -100
+    options = {"temperature": 0.8, "softcap": 6.0, "logit_scale": 1.5} if warped else {}
+
+    def run(n, count=None, needs=(True, True, True), workspace_mb=60):
+        inputs = [hidden[: count or n], weight, bias]
+        inputs = [x.clone().requires_grad_(g) for x, g in zip(inputs, needs, strict=True)]
+        chosen = options | ({"bias": inputs[2]} if warped else {})
+        out = linear_logprob(
+            *inputs[:2],
+            target[: count or n],
+            entropy=True,
+            impl="cpu",
+            workspace_mb=workspace_mb,
+            **chosen,
+        )
+        upstream = torch.linspace(-1, 1, n + 1)[1:]
+        loss = (out.logprob[:n] * upstream).sum()
+        if warped:
+            loss = loss + (out.entropy[:n] * upstream).sum() + out.lse[:n].sum()
+        loss.backward()
+        return [
+            None if x.grad is None else x.grad[: n if i == 0 else None]
+            for i, x in enumerate(inputs)
+        ]
+
+    needs = [(True, False, False), (False, True, False), *[(False, False, True)] * warped]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # each thread wants chunks of its own
+    try:
+        for n in (1, 3, 17, 64, 65):
+            many = run(n, 200)
+            for few in (run(n), run(n, workspace_mb=0), *(run(n, needs=some) for some in needs)):
+                for a, b in zip(few, many, strict=True):
+                    assert a is None or torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("which", ["logprob", "all"])
 def test_cpu_workspace_changes_no_bit(dtype, which):
     """Nothing kept and a walk for each gradient, some blocks kept, all: with ignored rows."""

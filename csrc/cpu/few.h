@@ -4,7 +4,8 @@
 //
 //   turned [depth][rows], in the nearest cache,
 //
-// and a token's number, broadcast, meets kWide vectors of them. 16-bit weights turn in pairs.
+// and a token's number, broadcast, meets kWide vectors of them. 16-bit weights turn in pairs. With
+// fewer tokens still, what is turned meets them before it leaves the registers.
 #pragma once
 
 #include "pack.h"
@@ -53,10 +54,10 @@ inline void turn_rows(const EvenRows& a, Float type, int last, int64_t steps, co
   }
 }
 
-// sums[token][row] of R tokens, the columns of a panel, and kAbreast rows, from zero or going on;
-// with each step of depth what is `pace` bytes further on is asked for.
+// sums[token][row] of R of a panel's columns and kAbreast rows, from zero or going on; with each
+// step of depth what is `pace` bytes further on is asked for.
 template <int R>
-__attribute__((noinline)) void multiply_turned(const float* turned, const float* panel,
+__attribute__((noinline)) void multiply_turned(const float* turned, const float* panel, int columns,
                                                int64_t steps, const char* ahead, int64_t pace,
                                                float* sums, bool from_zero) {
   Vec sum[R][kWide];
@@ -67,7 +68,7 @@ __attribute__((noinline)) void multiply_turned(const float* turned, const float*
       sum[t][j] = from_zero ? splat(0.0f) : load(sums + t * kPanel + j * kLanes);
     }
   }
-  for (int64_t k = 0; k < steps; ++k, turned += kPanel, panel += kPanel, ahead += pace) {
+  for (int64_t k = 0; k < steps; ++k, turned += kPanel, panel += columns, ahead += pace) {
     __builtin_prefetch(ahead, 0, 2);
     Vec x[kWide];
 #pragma GCC unroll 4
@@ -91,10 +92,124 @@ __attribute__((noinline)) void multiply_turned(const float* turned, const float*
   }
 }
 
-// C[rows x kPanel] = A * panel for at most kBlock rows of `type` and the panel's first `tokens`.
+// kLanes rows' sums of T tokens, c[row][token].
+template <int T>
+inline void store_turned(const Vec (&sum)[T], float* c) {
+  Vec tile[kLanes] = {};
+  for (int t = 0; t < T; ++t) {
+    tile[t] = sum[t];
+  }
+  transpose(tile);
+  for (int i = 0; i < kLanes; ++i) {
+    store(c + i * kPanel, tile[i]);
+  }
+}
+
+// C[rows x kPanel] = A * panel for at most kBlock rows of `type` and a panel [depth][T]: the sums
+// of so few tokens stay in registers beside what is turned. Each row is read in order and asked for
+// a few lines ahead, which the CPU's own prefetching then follows.
+template <int T, Float type>
+__attribute__((noinline)) void multiply_fewest(const EvenRows& a, int rows, int64_t steps,
+                                               const float* panel, float* c) {
+  constexpr int64_t size = bytes(type), kAhead = 256;
+  constexpr int64_t kTogether = type == Float::bf16 ? 2 * kLanes : kLanes;
+  for (int r0 = 0; r0 < rows; r0 += kLanes) {
+    const char* row[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      row[r] = a.data + std::min(r0 + r, rows - 1) * a.stride;
+    }
+    Vec sum[T] = {}, all[T] = {};
+    const float* x = panel;
+    const auto add = [&](Vec w) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        sum[t] = fma(w, splat(x[t]), sum[t]);
+      }
+      x += T;
+    };
+    const auto finish = [&](int64_t k) {
+      for (int t = 0; t < T; ++t) {
+        all[t] = k <= Floats::kSteps ? sum[t] : all[t] + sum[t];
+        sum[t] = splat(0.0f);
+      }
+    };
+    int64_t k = 0;
+    for (; k + kTogether <= steps; k += kTogether) {
+      if (k > 0 && k % Floats::kSteps == 0) {
+        finish(k);
+      }
+      int64_t ahead = k * size + kAhead;
+      ahead += ahead < steps * size ? 0 : kLanes * a.stride - steps * size;
+      Vec tile[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        __builtin_prefetch(row[r] + ahead);
+        if (type == Float::bf16) {  // neighbours in depth, the first one in the low half
+          std::memcpy(&tile[r], row[r] + k * size, sizeof(Vec));
+        } else {
+          tile[r] = load_as<type>(row[r] + k * size);
+        }
+      }
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (type == Float::bf16) {
+          add(as_float(as_int(tile[i]) << 16));
+          add(as_float(as_int(tile[i]) & -65536));
+        } else {
+          add(tile[i]);
+        }
+      }
+    }
+    if (k > 0 && k < steps && k % Floats::kSteps == 0) {
+      finish(k);
+    }
+    alignas(64) float rest[kTogether][kLanes];
+    for (int r = 0; k < steps && r < kLanes; ++r) {
+      float of_row[kTogether] = {};
+      to_floats(row[r] + k * size, type, steps - k, of_row);
+      for (int64_t i = 0; i < steps - k; ++i) {
+        rest[i][r] = of_row[i];
+      }
+    }
+    for (int64_t i = 0; i < steps - k; ++i) {
+      add(load(rest[i]));
+    }
+    finish(steps);
+    store_turned<T>(all, c + r0 * kPanel);
+  }
+}
+
+template <int T>
+void multiply_fewest(const EvenRows& a, Float type, int rows, int64_t steps, const float* panel,
+                     float* c) {
+  const auto run = type == Float::f32    ? multiply_fewest<T, Float::f32>
+                   : type == Float::bf16 ? multiply_fewest<T, Float::bf16>
+                                         : multiply_fewest<T, Float::f16>;
+  run(a, rows, steps, panel, c);
+}
+
+// Columns of a panel of `tokens` as multiply_few reads it: those that there is a product for.
+inline int columns_of_few(int64_t tokens) {
+  int columns = 1;
+  while (columns < tokens) {
+    columns *= 2;
+  }
+  return columns;
+}
+
+// C[rows x kPanel] = A * panel for at most kBlock rows of `type` and a panel [depth][columns].
 inline void multiply_few(const EvenRows& a, Float type, int rows, int64_t steps, const float* panel,
                          int tokens, float* c) {
   constexpr int kMost = kLanes == 16 ? 8 : 4;  // tokens whose sums fit in registers
+  const int columns = columns_of_few(tokens);
+  if (columns <= (type == Float::bf16 ? 4 : kMost)) {  // half the bytes to wait for
+    const auto run = columns == 1   ? multiply_fewest<1>
+                     : columns == 2 ? multiply_fewest<2>
+                     : columns == 4 ? multiply_fewest<4>
+                                    : multiply_fewest<kMost>;
+    return run(a, type, rows, steps, panel, c);
+  }
   alignas(64) float turned[kSlice * kPanel], sums[kLanes * kPanel] = {}, all_sums[kLanes * kPanel];
   const int64_t size = bytes(type);
   for (int r0 = 0; r0 < rows; r0 += kAbreast) {
@@ -113,10 +228,10 @@ inline void multiply_few(const EvenRows& a, Float type, int rows, int64_t steps,
       }
       ahead += left;
       int t = 0;
-      const auto tile = [&](auto run, int tokens, int64_t pace) {
-        run(turned, panel + k * kPanel + t, count, ahead, pace, sums + t * kPanel,
+      const auto tile = [&](auto run, int wide, int64_t pace) {
+        run(turned, panel + k * columns + t, columns, count, ahead, pace, sums + t * kPanel,
             k % Floats::kSteps == 0);
-        t += tokens;
+        t += wide;
         ahead += pace * count;
       };
       while (t + kMost <= tokens) {
@@ -142,10 +257,7 @@ inline void multiply_few(const EvenRows& a, Float type, int rows, int64_t steps,
       for (int t = 0; t < tokens; ++t) {
         tile[t] = load(all_sums + t * kPanel + r);
       }
-      transpose(tile);
-      for (int i = 0; i < kLanes; ++i) {
-        store(c + (r0 + r + i) * kPanel, tile[i]);
-      }
+      store_turned<kLanes>(tile, c + (r0 + r) * kPanel);
     }
   }
 }

@@ -28,6 +28,12 @@ inline Vec tanh(Vec x) {
   return select((x < splat(0.625f)) & (x > splat(-0.625f)), near, far);
 }
 
+// Vectors of a panel that hold tokens, as many as the products are made for.
+inline int vectors_of(int64_t tokens) {
+  const int n = static_cast<int>(ceil_div(tokens, kLanes));
+  return n > 2 ? kVectors : n;
+}
+
 // The tokens [first, first + count) of a problem, packed for products with rows of the weight.
 template <class Kind>
 class Tokens {
@@ -50,10 +56,11 @@ class Tokens {
   int64_t panels() const { return ceil_div(count_, kPanel); }
   int64_t in_panel(int64_t p) const { return std::min<int64_t>(kPanel, count_ - p * kPanel); }
 
-  // Vectors of the panel that hold tokens, as many as the products are made for.
-  int vectors(int64_t p) const {
-    const int n = static_cast<int>(ceil_div(in_panel(p), kLanes));
-    return n > 2 ? kVectors : n;
+  int vectors(int64_t p) const { return vectors_of(in_panel(p)); }
+
+  // Of a packed panel.
+  int64_t columns(int64_t p) const {
+    return Kind::kStep == 1 && vectors(p) == 1 ? columns_of_few(in_panel(p)) : kPanel;
   }
 
   // Rows [v0, v0 + n) of the weight; as floats in `scratch` [kBlock, H] if they are not stored so
@@ -114,7 +121,8 @@ class Tokens {
   void pack_panel(int64_t p) {
     Element* panel = packed_.get() + p * kPanel * steps_;
     Buffer<char> row(steps_ * sizeof(Element));
-    for (int64_t i = 0; i < kPanel; ++i) {
+    const int64_t columns = this->columns(p);
+    for (int64_t i = 0; i < columns; ++i) {
       auto* elements = reinterpret_cast<Element*>(row.get());
       if (i < in_panel(p)) {
         const int64_t at = a_.row(first_ + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
@@ -128,7 +136,7 @@ class Tokens {
         std::memset(row.get(), 0, steps_ * sizeof(Element));
       }
       for (int64_t k = 0; k < steps_; ++k) {
-        panel[k * kPanel + i] = elements[k];
+        panel[k * columns + i] = elements[k];
       }
     }
   }

@@ -26,7 +26,6 @@ void forward(const LogprobForwardArgs& args, int threads) {
   const int64_t chunk = chunk_rows(a.vocab), chunks = ceil_div(a.vocab, chunk);
   const int64_t panels = ceil_div(capacity, kPanel);
   const Plan plan = make_plan<Kind>(a, args.workspace);
-  auto* kept = static_cast<KeptBlock<Kind>*>(args.workspace.kept);
   Tokens<Kind> tokens(a, capacity);
   Buffer<Running> running(chunks * panels);
   Buffer<float> at_target(panels * kPanel), inv_temperature(panels * kPanel);
@@ -51,7 +50,8 @@ void forward(const LogprobForwardArgs& args, int threads) {
         for (int64_t p = p0; p < p1; ++p) {
           tokens.logits(rows, v0, n, p, z.get());
           fold(z.get(), n, tokens.vectors(p), inv_temperature.get() + p * kPanel, v0 == c * chunk,
-               running[c * panels + p], plan.kept_block(kept, v0, first / kPanel + p));
+               running[c * panels + p],
+               plan.kept_block<Kind>(args.workspace.kept, v0, first / kPanel + p));
           for (int64_t i = 0; i < tokens.in_panel(p); ++i) {
             const int64_t t = p * kPanel + i, v = a.target[a.row(first + t)] - v0;
             if (v >= 0 && v < n) {

@@ -5,64 +5,22 @@
 // rows of grad_weight = G hidden are finished, and grad_hidden += G^T weight grows. Nothing of size
 // [N, V] or, beyond the gradients, [V, H] exists.
 //
+// With few tokens a thread takes a chunk of the vocabulary from its logits' gradients to its part
+// of grad_hidden, in one pass over the weight: few_backward.h. With more, each step is shared.
+//
 // The float sums of a 16-bit grad_hidden may be more than the workspace allows. Then grad_hidden
 // has a walk of its own, some tokens at a time: five products in place of four.
 #pragma once
 
-#include "running.h"
+#include "few_backward.h"
+#include "logprob_plan.h"
+#include "pages.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
 constexpr float kNothing = 1e-37f;  // probabilities below it count as 0, lest subnormals appear
-
-// How a problem's backward goes, which its forward has to know.
-struct Plan {
-  int64_t capacity, padded;  // tokens at a time, and these as whole panels
-  int64_t g_stride;          // of a vocabulary row of G: a line more, or rows share few cache sets
-  int64_t columns;           // H as whole panels
-  int64_t chunk;             // vocabulary rows taken together
-  int64_t panels;            // of all tokens
-  int64_t kept_blocks;       // of the vocabulary
-  bool one_walk;             // grad_hidden and grad_weight together
-  bool exact;                // exponentials are not rounded as if they had been kept
-
-  template <class Block>
-  Block* kept_block(Block* kept, int64_t v0, int64_t panel) const {
-    return v0 / kBlock < kept_blocks ? kept + v0 / kBlock * panels + panel : nullptr;
-  }
-};
-
-template <class Kind>
-Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
-  constexpr int64_t kFloats = 3 << 19;
-  Plan plan;
-  plan.capacity = tokens_at_once<Kind>(a);
-  plan.padded = round_up(plan.capacity, kPanel);
-  plan.g_stride = plan.padded + 16 * Kind::kStep;
-  plan.columns = round_up(a.width, kPanel);
-  const int64_t fit = std::min<int64_t>(std::max<int64_t>(kFloats / a.width, 1), 768);
-  plan.chunk = std::min(round_up(fit, 2 * kBlock), round_up(a.vocab, kBlock));
-  plan.panels = ceil_div(a.rows, kPanel);
-
-  const bool several = a.rows > plan.capacity, floats = a.hidden_type == Float::f32;
-  const int64_t scratch =
-      4 * (2 * plan.padded * plan.columns / Kind::kStep +
-           plan.chunk * (2 * plan.padded / Kind::kStep + 16) +
-           plan.chunk * plan.columns / Kind::kStep + (several ? plan.chunk * a.width : 0));
-  const int64_t all_sums = floats ? 0 : 4 * a.rows * a.width;
-  plan.one_walk = scratch + all_sums <= workspace.limit || !several;
-  const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * a.width;
-
-  const int64_t left = std::min(workspace.limit - scratch - sums, workspace.kept_bytes);
-  const int64_t block = static_cast<int64_t>(sizeof(KeptBlock<Kind>)) * plan.panels;
-  // A cap's derivative wants the logits, a bias float sums over the tokens.
-  plan.exact = a.softcap > 0.0f || a.bias;
-  plan.kept_blocks = plan.exact ? 0 : std::max<int64_t>(left, 0) / block;
-  plan.kept_blocks = std::min(plan.kept_blocks, ceil_div(a.vocab, kBlock));
-  return plan;
-}
 
 // What a token contributes to the gradient of its logits; all 0 in lanes without a token.
 struct Upstream {
@@ -84,22 +42,27 @@ class Backward {
         a_(args.linear),
         threads_(threads),
         plan_(make_plan<Kind>(a_, args.workspace)),
-        kept_(static_cast<const KeptBlock<Kind>*>(args.workspace.kept)),
         want_weight_(args.grad_weight || args.grad_bias),
         one_walk_(want_weight_ && (plan_.one_walk || a_.hidden_type == Float::f32)),
         several_(a_.rows > plan_.capacity),
+        few_(plan_.few && enough_chunks()),
         tokens_(a_, plan_.capacity),
         upstream_(plan_.padded / kPanel),
-        by_row_(plan_.chunk * plan_.g_stride / Kind::kStep),
-        by_token_(plan_.chunk / Kind::kStep * plan_.padded),
+        by_row_(few_ ? 0 : plan_.chunk * plan_.g_stride / Kind::kStep),
+        by_token_(few_ ? 0 : plan_.chunk / Kind::kStep * plan_.padded),
         hidden_(args.grad_weight ? plan_.padded / Kind::kStep * plan_.columns : 0),
-        weight_(args.grad_hidden ? plan_.chunk / Kind::kStep * plan_.columns : 0),
+        weight_(args.grad_hidden && !few_ ? plan_.chunk / Kind::kStep * plan_.columns : 0),
         grad_weight_(args.grad_weight && several_ ? plan_.chunk * a_.width : 0),
         sums_(args.grad_hidden && a_.hidden_type != Float::f32
-                  ? (one_walk_ ? a_.rows : plan_.capacity) * a_.width
+                  ? (one_walk_ || few_ ? a_.rows : plan_.capacity) * a_.width
                   : 0) {}
 
   void run() {
+    if constexpr (Kind::kStep == 1) {
+      if (few_) {
+        return walk_few();
+      }
+    }
     if (want_weight_) {
       walk_vocabulary(args_.grad_hidden && one_walk_);
     }
@@ -109,6 +72,12 @@ class Backward {
   }
 
  private:
+  // For each thread, of the vocabulary and of what their sums may take.
+  bool enough_chunks() const {
+    return (threads_ == 1 || ceil_div(a_.vocab, plan_.chunk) >= 2 * threads_) &&
+           (!args_.grad_hidden || 4 * threads_ * a_.rows * plan_.columns <= kFewSums);
+  }
+
   // grad_weight, grad_bias and, if asked, grad_hidden.
   void walk_vocabulary(bool hidden) {
     if (hidden) {
@@ -124,6 +93,61 @@ class Backward {
     }
     if (hidden) {
       finish_sums(0, a_.rows);
+    }
+  }
+
+  // All gradients, of few tokens: a thread takes a whole chunk. The sums of grad_hidden that some
+  // chunks leave are added in the order of these.
+  void walk_few() {
+    take_tokens(0);
+    start_sums(0, args_.grad_hidden ? a_.rows : 0);
+    const int64_t chunks = ceil_div(a_.vocab, plan_.chunk), size = a_.rows * plan_.columns;
+    const int64_t fit = kFewSums / 4 / size / threads_ * threads_;
+    const int64_t together = args_.grad_hidden ? std::min(fit, chunks) : chunks;
+    Buffer<float> of_chunks(args_.grad_hidden ? together * size : 0);
+    for (int64_t c0 = 0; c0 < chunks; c0 += together) {
+      const int64_t count = std::min(together, chunks - c0);
+      parallel_for(count, threads_,
+                   [&](int64_t i) { chunk_of_few(c0 + i, of_chunks.get() + i * size); });
+      parallel_for(args_.grad_hidden ? plan_.columns / kAcross : 0, threads_, [&](int64_t p) {
+        const int64_t width = std::min<int64_t>(kAcross, a_.width - p * kAcross);
+        for (int64_t i = 0; i < count * a_.rows; ++i) {
+          const int64_t t = i % a_.rows;
+          add(of_chunks.get() + i / a_.rows * size + (p * a_.rows + t) * kAcross, width,
+              sums(t) + p * kAcross);
+        }
+      });
+    }
+    finish_sums(0, args_.grad_hidden ? a_.rows : 0);
+  }
+
+  void chunk_of_few(int64_t c, float* all) const {
+    const int64_t first = c * plan_.chunk, rows = std::min(plan_.chunk, a_.vocab - first);
+    Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width), g(kBlock * a_.rows);
+    Buffer<float> sums(args_.grad_hidden ? a_.rows * plan_.columns : 0);
+    std::fill_n(sums.get(), args_.grad_hidden ? a_.rows * plan_.columns : 0, 0.0f);
+    const auto* weight = static_cast<const char*>(a_.weight);
+    const int64_t stride = a_.weight_stride * bytes(a_.weight_type);
+    const FewTokens operands = {a_.rows,
+                                a_.width,
+                                hidden_.get(),
+                                weight,
+                                stride,
+                                a_.weight_type,
+                                static_cast<char*>(args_.grad_weight)};
+    const auto multiply =
+        args_.grad_weight
+            ? (args_.grad_hidden ? multiply_both<true, true> : multiply_both<true, false>)
+            : multiply_both<false, true>;
+    for (int64_t at = 0; at < rows; at += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - at));
+      differentiate(first + at, n, args_.grad_bias, z.get(), scratch.get(), [&](int64_t p) {
+        tile_gradients(z.get(), n, tokens_.in_panel(p), a_.rows, g.get() + p * kPanel * kTile);
+      });
+      make_rows(first + at, n);
+      if (args_.grad_weight || args_.grad_hidden) {
+        multiply(operands, g.get(), first + at, n, at, rows, {sums.get(), all});
+      }
     }
   }
 
@@ -146,6 +170,12 @@ class Backward {
       return static_cast<float*>(args_.grad_hidden) + a_.row(token) * a_.width;
     }
     return sums_.get() + (one_walk_ ? token : t) * a_.width;
+  }
+
+  static void add(const float* from, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] += from[i];
+    }
   }
 
   void start_sums(int64_t first, int64_t count) const {
@@ -176,7 +206,13 @@ class Backward {
           take_token(a_.row(first + p * kPanel + i), i, u);
         }
       }
-      if (args_.grad_weight) {
+      if (args_.grad_weight && few_) {
+        for (int64_t i = p * kPanel; i < p * kPanel + tokens_.in_panel(p); ++i) {
+          const int64_t at = a_.row(i) * a_.width * bytes(a_.hidden_type);
+          pack_token(static_cast<const char*>(a_.hidden) + at, a_.hidden_type, a_.width, a_.rows,
+                     reinterpret_cast<float*>(hidden_.get()) + i * kAcross);
+        }
+      } else if (args_.grad_weight) {
         const auto* hidden = static_cast<const char*>(a_.hidden);
         const int64_t skipped = a_.index ? 0 : first * a_.width * bytes(a_.hidden_type);
         pack_rows(Kind(), hidden + skipped, a_.width, a_.hidden_type, p * kPanel,
@@ -211,7 +247,8 @@ class Backward {
       const int64_t in_chunk = b * kBlock, v0 = chunk_first + in_chunk;
       const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - in_chunk));
       Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
-      differentiate(v0, in_chunk, n, weight && args_.grad_bias, z.get(), scratch.get());
+      differentiate(v0, n, weight && args_.grad_bias, z.get(), scratch.get(),
+                    [&](int64_t p) { keep(in_chunk, n, p, z.get()); });
       if (hidden && pack_weight) {
         const auto* from = static_cast<const char*>(a_.weight) +
                            chunk_first * a_.weight_stride * bytes(a_.weight_type);
@@ -236,18 +273,20 @@ class Backward {
     }
   }
 
-  // A block of vocabulary rows: the gradients of their logits, before scale and bias, are kept.
-  void differentiate(int64_t v0, int64_t in_chunk, int n, bool bias, float* z,
-                     float* scratch) const {
+  // A block of vocabulary rows: the gradients of their logits, before scale and bias, are left in z
+  // and taken from there, a panel of tokens at a time.
+  template <class Take>
+  void differentiate(int64_t v0, int n, bool bias, float* z, float* scratch, Take take) const {
     double sum[kBlock] = {};
     Rows rows;
     bool have_rows = false;
     for (int64_t p = 0; p < tokens_.panels(); ++p) {
       const Upstream& u = upstream_[p];
       const int vectors = tokens_.vectors(p);
-      const auto* kept = plan_.kept_block(kept_, v0, tokens_.first() / kPanel + p);
+      const auto kept =
+          plan_.template kept_block<Kind>(args_.workspace.kept, v0, tokens_.first() / kPanel + p);
       float before[kPanel] = {};  // the targets' logits, for the cap
-      if (kept == nullptr || u.spread) {
+      if (kept.max == nullptr || u.spread) {
         if (!have_rows) {
           rows = tokens_.weight_rows(v0, n, scratch);
           have_rows = true;
@@ -272,8 +311,8 @@ class Backward {
       } else {
         for (int at = 0; at < vectors * kLanes; at += kLanes) {
           differentiate_lanes(
-              u, n, at, load(kept->max + at),
-              [&](int r, Vec, Vec) { return Kind::kept(kept->e[r] + at); }, z + at);
+              u, n, at, load(kept.max + at),
+              [&](int r, Vec, Vec) { return Kind::kept(kept.e + r * kept.lanes + at); }, z + at);
         }
       }
       for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
@@ -288,7 +327,7 @@ class Backward {
           sum[r] += z[r * kPanel + i];
         }
       }
-      keep(in_chunk, n, p, z);
+      take(p);
     }
     for (int r = 0; bias && r < n; ++r) {
       float& to = args_.grad_bias[v0 + r];
@@ -386,6 +425,15 @@ class Backward {
     }
   }
 
+  // The pages of n rows of grad_weight.
+  void make_rows(int64_t v0, int64_t n) const {
+    const int64_t row = a_.width * bytes(a_.weight_type);
+    auto* weight = static_cast<char*>(args_.grad_weight);
+    if (weight && a_.vocab * row >= kMappedAfresh) {
+      make_pages(weight + v0 * row, weight + (v0 + n) * row, weight + a_.vocab * row);
+    }
+  }
+
   void add_grad_weight(int64_t v0, int64_t in_chunk, int n, float* c) const {
     Rows rows;
     rows.data = reinterpret_cast<const char*>(by_row_.get());
@@ -395,6 +443,7 @@ class Backward {
     }
     const int64_t depth = depth_of_tokens();
     const bool last = tokens_.first() + tokens_.count() == a_.rows;
+    make_rows(v0, last ? n : 0);
     for (int64_t h = 0; h < a_.width; h += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, a_.width - h);
       multiply<Kind>(rows, n, depth / Kind::kStep, hidden_.get() + h * depth / Kind::kStep,
@@ -432,10 +481,7 @@ class Backward {
       multiply<Kind>(rows, n, ceil_div(rows_of_chunk, Kind::kStep),
                      weight_.get() + h * plan_.chunk / Kind::kStep, kVectors, c.get());
       for (int r = 0; r < n; ++r) {
-        float* to = sums(t0 + r) + h;
-        for (int64_t i = 0; i < width; ++i) {
-          to[i] += c[r * kPanel + i];
-        }
+        add(c.get() + r * kPanel, width, sums(t0 + r) + h);
       }
     }
   }
@@ -444,10 +490,10 @@ class Backward {
   const LinearArgs& a_;
   const int threads_;
   const Plan plan_;
-  const KeptBlock<Kind>* kept_;
   const bool want_weight_;
   const bool one_walk_;
   const bool several_;  // the tokens do not fit in one go
+  const bool few_;      // they are so few that a thread takes a whole chunk
   Tokens<Kind> tokens_;
   Buffer<Upstream> upstream_;
   Buffer<Element> by_row_;    // G [chunk, tokens]

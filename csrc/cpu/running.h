@@ -21,11 +21,19 @@ struct Running {
   float max[kPanel], sum[kPanel], weighted[kPanel];
 };
 
-// The exponentials of a block of logits, relative to each token's maximum in the block.
+// The exponentials of a block of logits, relative to each token's maximum in the block: where they
+// are, if they are kept.
 template <class Kind>
 struct KeptBlock {
-  float max[kPanel];
-  typename Kind::Kept e[kBlock][kPanel];
+  using Kept = typename Kind::Kept;
+
+  KeptBlock(void* block, int64_t lanes)
+      : max(static_cast<float*>(block)), e(reinterpret_cast<Kept*>(max + lanes)), lanes(lanes) {}
+  static int64_t size(int64_t lanes) { return lanes * (sizeof(float) + kBlock * sizeof(Kept)); }
+
+  float* max;     // [lanes], or null
+  Kept* e;        // [kBlock, lanes]
+  int64_t lanes;  // of tokens
 };
 
 // The highest of n logits, times the scale; not -inf, which would make -inf less it NaN.
@@ -44,26 +52,26 @@ inline Vec below(const float* z, Vec scale, Vec highest) {
 // Sums of a block's exponentials and of z times them, relative to its own maximum: a backward that
 // has only this block computes the same bits.
 template <class Kind, bool kKeep>
-void sum_block(const float* z, int n, Vec scale, Vec highest, KeptBlock<Kind>* kept, int at,
+void sum_block(const float* z, int n, Vec scale, Vec highest, const KeptBlock<Kind>& kept, int at,
                Vec& sum, Vec& weighted) {
   for (int r = 0; r < n; ++r) {
     const Vec x = below(z + r * kPanel, scale, highest), e = exp_from_lowest(x);
     sum += e;
     weighted = fma(x, e, weighted);
     if constexpr (kKeep) {
-      Kind::keep(e, kept->e[r] + at);
+      Kind::keep(e, kept.e + r * kept.lanes + at);
     }
   }
 }
 
 template <class Kind = Floats>
 void fold(const float* z, int n, int vectors, const float* inv_temperature, bool first, Running& to,
-          KeptBlock<Kind>* kept = nullptr) {
+          const KeptBlock<Kind>& kept = {nullptr, 0}) {
   for (int at = 0; at < vectors * kLanes; at += kLanes) {
     const Vec scale = load(inv_temperature + at);
     Vec highest = highest_of(z + at, n, scale), sum = {}, weighted = {};
-    if (kept) {
-      store(kept->max + at, highest);
+    if (kept.max) {
+      store(kept.max + at, highest);
       sum_block<Kind, true>(z + at, n, scale, highest, kept, at, sum, weighted);
     } else {
       sum_block<Kind, false>(z + at, n, scale, highest, kept, at, sum, weighted);

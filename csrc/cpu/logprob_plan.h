@@ -1,0 +1,72 @@
+// How the backward of the lm-head's log-probs on a CPU goes, which its forward has to know: that
+// leaves exponentials in what memory there is besides. In the namespace of the instruction set.
+#pragma once
+
+#include "running.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+constexpr int64_t kFew = 64;  // tokens; with more, a product of its own for each gradient is faster
+constexpr int64_t kFewSums = 8 << 20;  // bytes of their chunks' sums of grad_hidden
+
+struct Plan {
+  int64_t capacity, padded;  // tokens at a time, and these as whole panels
+  int64_t g_stride;          // of a vocabulary row of G: a line more, or rows share few cache sets
+  int64_t columns;           // H as whole panels
+  int64_t chunk;             // vocabulary rows taken together
+  int64_t panels;            // of all tokens
+  int64_t kept_lanes;        // of a panel
+  int64_t kept_blocks;       // of the vocabulary
+  bool few;                  // tokens for walk_few
+  bool one_walk;             // grad_hidden and grad_weight together
+  bool exact;                // exponentials are not rounded as if they had been kept
+
+  template <class Kind>
+  KeptBlock<Kind> kept_block(void* kept, int64_t v0, int64_t panel) const {
+    const int64_t before = v0 / kBlock * panels + panel;
+    return v0 / kBlock < kept_blocks
+               ? KeptBlock<Kind>(
+                     static_cast<char*>(kept) + before * KeptBlock<Kind>::size(kept_lanes),
+                     kept_lanes)
+               : KeptBlock<Kind>(nullptr, 0);
+  }
+};
+
+template <class Kind>
+Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
+  constexpr int64_t kFloats = 3 << 19;
+  Plan plan;
+  plan.capacity = tokens_at_once<Kind>(a);
+  plan.padded = round_up(plan.capacity, kPanel);
+  plan.g_stride = plan.padded + 16 * Kind::kStep;
+  plan.columns = round_up(a.width, kPanel);
+  const int64_t fit = std::min<int64_t>(std::max<int64_t>(kFloats / a.width, 1), 768);
+  plan.chunk = std::min(round_up(fit, 2 * kBlock), round_up(a.vocab, kBlock));
+  plan.panels = ceil_div(a.rows, kPanel);
+
+  const bool several = a.rows > plan.capacity, floats = a.hidden_type == Float::f32;
+  plan.few = Kind::kStep == 1 && a.rows <= kFew && !several;
+  int64_t scratch =
+      4 * (plan.chunk * (2 * plan.padded / Kind::kStep + 16) +
+           plan.chunk * plan.columns / Kind::kStep + (several ? plan.chunk * a.width : 0));
+  scratch = plan.few ? std::max(scratch, kFewSums) : scratch;
+  scratch += 8 * plan.padded * plan.columns / Kind::kStep;
+  const int64_t all_sums = floats ? 0 : 4 * a.rows * a.width;
+  plan.one_walk = scratch + all_sums <= workspace.limit || !several;
+  const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * a.width;
+
+  const int64_t left = std::min(workspace.limit - scratch - sums, workspace.kept_bytes);
+  plan.kept_lanes = plan.panels > 1 ? kPanel : kLanes * vectors_of(a.rows);
+  const int64_t block = KeptBlock<Kind>::size(plan.kept_lanes) * plan.panels;
+  // A cap's derivative wants the logits, a bias float sums over the tokens.
+  plan.exact = a.softcap > 0.0f || a.bias;
+  plan.kept_blocks = plan.exact ? 0 : std::max<int64_t>(left, 0) / block;
+  plan.kept_blocks = std::min(plan.kept_blocks, ceil_div(a.vocab, kBlock));
+  return plan;
+}
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl
