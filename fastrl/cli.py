@@ -77,7 +77,7 @@ def train(
     except KeyboardInterrupt as stopped:
         if parallel.rank() > 0:
             raise typer.Exit(130) from None
-        _fail(str(stopped) or "interrupted before the run began", code=130)
+        _stop(str(stopped) or "stopped before the run began")
     console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False, soft_wrap=True)
 
 
@@ -135,7 +135,7 @@ def score(
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", code=130)
+        _stop("stopped; the same command goes on from there")
     console.print(f"{made} scores  {out}", highlight=False)
 
 
@@ -228,7 +228,7 @@ def bench(
         kept = "what was measured is above; --json FILE would keep it"
         if json is not None:
             kept = f"what was measured is in {json}; the same command with --resume goes on"
-        _fail(f"interrupted; {kept}", code=130)
+        _stop(f"stopped; {kept}")
     raise typer.Exit(code)
 
 
@@ -249,7 +249,16 @@ def doctor(
     raise typer.Exit(code)
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
-    text = f"[bold red]error[/bold red]: {escape(message)}"
+def _fail(message: str) -> NoReturn:
+    _say(f"[bold red]error[/bold red]: {escape(message)}")
+    raise typer.Exit(2)
+
+
+def _stop(message: str) -> NoReturn:
+    """After Ctrl-C, which is no error."""
+    _say(escape(message))
+    raise typer.Exit(130)
+
+
+def _say(text: str) -> None:
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)  # a command stays whole
-    raise typer.Exit(code)
