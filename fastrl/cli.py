@@ -39,19 +39,27 @@ def train(
     On several processes: torchrun --nproc-per-node N -m fastrl train RECIPE.
     """
     console = Console()
-    if (recipe is None) == (resume is None):
-        _fail("give a RECIPE to start a run, or --resume RUN to continue one")
-    if resume is not None and (override or out):
-        _fail("--resume continues a run as it is; --set and --out go with a recipe")
     from fastrl import train as trainer
 
+    if (recipe is None) == (resume is None):
+        shipped = ", ".join(trainer.shipped_recipes())
+        _fail(
+            "give a RECIPE to start a run, or --resume RUN to continue one\n"
+            f"a recipe is a YAML file, or one of {shipped}"
+        )
+    if resume is not None and (override or out):
+        _fail("--resume continues a run as it is; --set and --out go with a recipe")
     try:
         config = None if recipe is None else trainer.load_recipe(recipe, override or [])
+        if config is not None:  # what is missing is told before torch is imported
+            from fastrl.train.named import check_named
+
+            check_named(config)
     except ValueError as error:
         _fail(str(error))
     from transformers.utils import logging
 
-    from fastrl.train import parallel
+    from fastrl.train import checkpoints, parallel
     from fastrl.train.report import write_report
 
     logging.disable_progress_bar()
@@ -78,7 +86,13 @@ def train(
         if parallel.rank() > 0:
             raise typer.Exit(130) from None
         _stop(str(stopped) or "stopped before the run began")
-    console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False, soft_wrap=True)
+    left = {
+        "model" if name == "policy" else name: checkpoints.final(folder, name)
+        for name in checkpoints.open_run(folder).trained
+    } | {"report": page}
+    width = max(map(len, left))
+    for name, path in left.items():
+        console.print(f"{name:{width}} {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -136,7 +150,10 @@ def score(
         _fail(str(error))
     except KeyboardInterrupt:
         _stop("stopped; the same command goes on from there")
-    console.print(f"{made} scores  {out}", highlight=False)
+    with out.open("rb") as file:
+        total = sum(1 for _ in file)
+    scores = f"{made} scores" if made == total else f"{made} new scores, {total} in all"
+    console.print(f"{scores}  {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
