@@ -39,19 +39,27 @@ def train(
     On several processes: torchrun --nproc-per-node N -m fastrl train RECIPE.
     """
     console = Console()
-    if (recipe is None) == (resume is None):
-        _fail("give a RECIPE to start a run, or --resume RUN to continue one")
-    if resume is not None and (override or out):
-        _fail("--resume continues a run as it is; --set and --out go with a recipe")
     from fastrl import train as trainer
 
+    if (recipe is None) == (resume is None):
+        shipped = ", ".join(trainer.shipped_recipes())
+        _fail(
+            "give a RECIPE to start a run, or --resume RUN to continue one\n"
+            f"a recipe is a YAML file, or one of {shipped}"
+        )
+    if resume is not None and (override or out):
+        _fail("--resume continues a run as it is; --set and --out go with a recipe")
     try:
         config = None if recipe is None else trainer.load_recipe(recipe, override or [])
+        if config is not None:  # what is missing is told before torch is imported
+            from fastrl.train.named import check_named
+
+            check_named(config)
     except ValueError as error:
         _fail(str(error))
     from transformers.utils import logging
 
-    from fastrl.train import parallel
+    from fastrl.train import checkpoints, parallel
     from fastrl.train.report import write_report
 
     logging.disable_progress_bar()
@@ -77,8 +85,14 @@ def train(
     except KeyboardInterrupt as stopped:
         if parallel.rank() > 0:
             raise typer.Exit(130) from None
-        _fail(str(stopped) or "interrupted before the run began", code=130)
-    console.print(f"model  {folder / 'final'}\nreport {page}", highlight=False, soft_wrap=True)
+        _stop(str(stopped) or "stopped before the run began")
+    left = {
+        "model" if name == "policy" else name: checkpoints.final(folder, name)
+        for name in checkpoints.open_run(folder).trained
+    } | {"report": page}
+    width = max(map(len, left))
+    for name, path in left.items():
+        console.print(f"{name:{width}} {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -135,8 +149,11 @@ def score(
     except (ValueError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", code=130)
-    console.print(f"{made} scores  {out}", highlight=False)
+        _stop("stopped; the same command goes on from there")
+    with out.open("rb") as file:
+        total = sum(1 for _ in file)
+    scores = f"{made} scores" if made == total else f"{made} new scores, {total} in all"
+    console.print(f"{scores}  {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -228,7 +245,7 @@ def bench(
         kept = "what was measured is above; --json FILE would keep it"
         if json is not None:
             kept = f"what was measured is in {json}; the same command with --resume goes on"
-        _fail(f"interrupted; {kept}", code=130)
+        _stop(f"stopped; {kept}")
     raise typer.Exit(code)
 
 
@@ -249,7 +266,16 @@ def doctor(
     raise typer.Exit(code)
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
-    text = f"[bold red]error[/bold red]: {escape(message)}"
+def _fail(message: str) -> NoReturn:
+    _say(f"[bold red]error[/bold red]: {escape(message)}")
+    raise typer.Exit(2)
+
+
+def _stop(message: str) -> NoReturn:
+    """After Ctrl-C, which is no error."""
+    _say(escape(message))
+    raise typer.Exit(130)
+
+
+def _say(text: str) -> None:
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)  # a command stays whole
-    raise typer.Exit(code)

@@ -1,13 +1,28 @@
-"""The commands that bring what is missing, right for however fastrl itself was installed."""
+"""Commands as a shell takes them, right for however fastrl itself was installed."""
 
 import json
 import shlex
+import shutil
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+
+def program() -> str:
+    """The command line of this installation: `fastrl` where that is what the PATH finds."""
+    typed = sys.argv[0]
+    if Path(typed).name != "fastrl" or not Path(typed).is_file():  # a script's, a notebook's
+        typed = str(Path(sys.executable).with_name("fastrl"))
+    if not Path(typed).is_file():
+        return shlex.join([sys.executable, "-m", "fastrl"])
+    found = shutil.which("fastrl")
+    same = found is not None and Path(found).resolve() == Path(typed).resolve()
+    return "fastrl" if same else shlex.quote(typed)
 
 
 def get(package: str) -> str:

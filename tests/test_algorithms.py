@@ -1,7 +1,11 @@
 """Every algorithm of the trainer: what a step computes, and resuming."""
 
+import io
+import re
+
 import pytest
 import torch
+from rich.console import Console
 from runs import finals, same, steady, stop_and_resume
 
 from fastrl import train
@@ -157,6 +161,30 @@ def test_resume_is_exact(varied, tmp_path, name, monkeypatch):
         stop_and_resume(config, folder, stop_at, monkeypatch)
         assert steady(folder) == rows
         assert same(finals(folder), finals(whole))
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("iqlearn", "loss nll eval/nll eval/reward"),
+        ("reward", "loss accuracy eval/pair_accuracy"),
+        ("afd", "loss demo_accuracy policy_accuracy"),
+        ("dpo", "loss accuracy margin eval/reward"),
+        ("kto", "loss desirable_reward undesirable_reward eval/reward"),
+        ("spin", "loss accuracy margin eval/reward"),
+        ("ppo", "reward kl completion_length eval/reward"),
+        ("gail", "reward gold_reward discriminator/demo_accuracy discriminator/policy_accuracy"),
+        ("raft", "nll reward best_reward completion_length eval/reward"),
+        ("distillation", "distillation reward completion_length eval/reward"),
+    ],
+)
+def test_the_console_shows_what_matters(varied, tmp_path, name, names):
+    console = Console(file=io.StringIO())
+    varied["data"]["reasoning_gym"]["eval_size"] = 4
+    config = a_recipe(varied, {name: STAGES[name] | {"steps": 1}})
+    train.run(config, tmp_path / "run", console)
+    (line,) = re.findall(rf"^  {name}, step 1: (.*)", console.file.getvalue(), re.MULTILINE)
+    assert " ".join(line.split()[::2]).startswith(names)
 
 
 def test_a_reward_model_learns_and_is_used(recipe, tmp_path):

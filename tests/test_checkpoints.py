@@ -14,7 +14,7 @@ import torch
 import yaml
 from runs import same, steady, stop_and_resume, weights
 
-from fastrl import train
+from fastrl import installation, train
 from fastrl.files import WriteError
 from fastrl.train import CheckpointError, checkpoints, loop, parse_config
 from fastrl.train.tracking import read_jsonl
@@ -69,7 +69,8 @@ def test_ctrl_c_saves_the_step_under_way(recipe, tmp_path, stage, monkeypatch, c
     with pytest.raises(train.Interrupted) as stopped:
         train.run(config, folder)
     assert str(stopped.value) == (
-        f"interrupted; fastrl train --resume '{folder}' continues after step-{saved:08d}"
+        f"stopped; last saved after step {saved} of the run; to go on: "
+        f"{installation.program()} train --resume '{folder}'"
     )
     assert "Ctrl-C again stops at once" in capfd.readouterr().err
     assert checkpoints.read_progress(checkpoints.latest(folder)).step == saved
@@ -91,7 +92,7 @@ def test_ctrl_c_twice_stops_at_once_and_resuming_says_that_it_begins_anew(
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", pressed)
-        with pytest.raises(train.Interrupted, match=r"--resume \S+run begins anew"):
+        with pytest.raises(train.Interrupted, match=r"to begin anew: .* --resume \S+run$"):
             train.run(parse_config(recipe), folder)
     assert checkpoints.latest(folder) is None
     train.resume(folder)

@@ -38,6 +38,8 @@ def test_train_resume_and_report(path, tmp_path):
     ("arguments", "message"),
     [
         (["train"], "give a RECIPE"),
+        (["train"], "or one of afd, airl, arithmetic,"),
+        (["train", "dop"], "did you mean 'opo' or 'dpo'?"),
         (["train", "arithmetics"], "neither a file nor a shipped recipe"),
         (["train", "arithmetic", "--set", "sede=1"], "did you mean 'seed'"),
         (["train", "--resume", "nowhere"], "is not a fastrl run"),
@@ -53,6 +55,19 @@ def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_every_model_that_was_trained_is_named(path, tmp_path):
+    run = tmp_path / "run"
+    stages = ["stages.sft=null", "stages.grpo=null", "stages.reward={steps: 1, batch_size: 4}"]
+    result = fastrl("train", path, "--out", run, *(a for s in stages for a in ("--set", s)))
+    assert result.exit_code == 0, result.output
+    assert result.output.endswith(f"reward {run}/final-reward\nreport {run}/report.html\n")
+    assert "\nmodel" not in result.output  # the policy, which it left as it was
+    stages = ["stages.sft=null", "stages.ppo={steps: 1, prompts_per_step: 4}", "stages.grpo=null"]
+    run = tmp_path / "ppo"
+    result = fastrl("train", path, "--out", run, *(a for s in stages for a in ("--set", s)))
+    assert f"model  {run}/final\ncritic {run}/final-critic\nreport" in result.output
+
+
 def test_doctor_names_every_op():
     from fastrl.kernels import IMPLEMENTATIONS
 
@@ -62,16 +77,27 @@ def test_doctor_names_every_op():
         assert word in result.output
 
 
-def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported():
+def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported(tmp_path):
     code = """
 import sys
 from typer.testing import CliRunner
 from fastrl.cli import app
-result = CliRunner().invoke(app, ["train", "arithmetic", "--set", "sed=1"])
-assert result.exit_code == 2 and "did you mean 'seed'" in result.output, result.output
-assert "torch" not in sys.modules
+for settings, message in (
+    (["arithmetic", "sed=1"], "did you mean 'seed'"),
+    (["arithmetic", "rewards.0.function=reasoning_gm"], "be reasoning_gym; did you mean that?"),
+    (["arithmetic", "rewards.0.function=no_rewards:score"], "in the working directory"),
+    (["hf_grpo"], "prompts.jsonl' does not exist"),
+    (["arithmetic", "model.tokenizer=./nowhere"], "model path './nowhere' is not a directory"),
+    (["arithmetic", "model.tokenizer=runs/my/finl"], "not how names on the Hugging Face hub look"),
+):
+    settings = [settings[0], *(a for s in settings[1:] for a in ("--set", s))]
+    settings += ["--set", "model.alphabet=null"] if "model.tokenizer" in settings[-1] else []
+    result = CliRunner().invoke(app, ["train", *settings])
+    assert result.exit_code == 2 and message in result.output, result.output
+    assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_is_quick_and_needs_no_torch():

@@ -1,6 +1,7 @@
 """fastrl doctor: the diagnosis, and the self-test that has to see a wrong kernel."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -45,6 +46,31 @@ def test_the_command_for_a_package_is_what_the_extras_ask_for():
     assert installation.get("trl") == "pip install 'trl>=1.16'"
     assert installation.get("reasoning_gym") == "pip install reasoning-gym"
     assert installation.get("unheard-of") == "pip install unheard-of"
+
+
+def test_the_command_line_is_named_as_it_can_be_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("fastrl", "other/fastrl"):
+        path = tmp_path / ".venv" / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o755)
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "fastrl").symlink_to(tmp_path / ".venv" / "bin" / "fastrl")
+    here = tmp_path / ".venv" / "bin"
+    monkeypatch.setattr(sys, "executable", str(here / "python"))
+    for typed, search, want in (
+        (".venv/bin/fastrl", tmp_path, ".venv/bin/fastrl"),  # not on the PATH
+        (".venv/bin/fastrl", here / "other", ".venv/bin/fastrl"),  # another one is
+        (str(here / "fastrl"), here, "fastrl"),
+        (str(here / "fastrl"), tmp_path / "link", "fastrl"),
+        ("train.py", here, "fastrl"),  # from a script
+        ("train.py", tmp_path, str(here / "fastrl")),
+    ):
+        monkeypatch.setattr(sys, "argv", [typed])
+        monkeypatch.setenv("PATH", str(search))
+        assert installation.program() == want
+    (here / "fastrl").unlink()
+    assert installation.program() == f"{here}/python -m fastrl"
 
 
 @pytest.mark.parametrize(

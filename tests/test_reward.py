@@ -14,8 +14,9 @@ def test_import_path(tmp_path, monkeypatch):
     assert score_completions(function, "length", ["a"], ["bcd"], {"level": [1]}) == [3.0]
     for path, message in (
         ("my_rewards", "must look like module:function"),
-        ("my_rewardz:length", "cannot import 'my_rewardz'"),
-        ("my_rewards:width", "has no function 'width'"),
+        ("my_rewardz:length", f"cannot import 'my_rewardz'.*working directory {tmp_path}"),
+        ("my_rewards:width", "has no function 'width'$"),
+        ("my_rewards:lenght", "has no function 'lenght'; did you mean 'length'"),
     ):
         with pytest.raises(RewardError, match=message):
             load_reward_function(path)

@@ -9,15 +9,17 @@ import time
 
 import pytest
 import torch
+from conftest import TINY
 from reward_models import tiny
 from typer.testing import CliRunner
 
 from fastrl.cli import app
-from fastrl.models import character_tokenizer
+from fastrl.models import build_model, character_tokenizer, save_pretrained
 from fastrl.reward import QuantizedRewardModel
 from fastrl.reward.stream import score_file
 
 TEXT = "0123456789+-= "
+SHAPE = TINY["model"]["architecture"] | {"tie_embeddings": True, "vocab_size": None}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_nothing_is_lost_on_a_kill(folder, pairs, tmp_path):
         some = [line for line in file if line.strip()][: made + 20]
     pairs.write_bytes(b"".join(some))
     code, output = score(folder, pairs, "--out", out)
-    assert code == 0 and f"{20} scores" in output
+    assert code == 0 and f"20 new scores, {made + 20} in all" in output
     clean = tmp_path / "clean.jsonl"
     assert score(folder, pairs, "--out", clean)[0] == 0
     assert out.read_bytes() == clean.read_bytes()
@@ -130,6 +132,17 @@ def test_a_bad_line_is_named_and_those_before_are_kept(folder, tmp_path, line, m
     code, output = score(folder, path, "--out", out)
     assert code == 2 and message in output and "Traceback" not in output
     assert len(rows(out)) == 2
+
+
+def test_a_run_and_its_policy_point_to_its_reward_model(folder, pairs, tmp_path):
+    run = tmp_path / "run"
+    tiny().save_pretrained(run / "final-reward")
+    lm = build_model(character_tokenizer(TEXT), **SHAPE, seed=0)
+    save_pretrained(lm, character_tokenizer(TEXT), run / "final")
+    for given, why in ((run, "holds no config.json"), (run / "final", "not a reward model")):
+        code, output = score(given, pairs, "--out", tmp_path / "scores.jsonl")
+        assert code == 2 and why in output, output
+        assert output.endswith(f"; did you mean '{run}/final-reward'?")
 
 
 def test_options(folder, pairs, tmp_path):

@@ -247,9 +247,40 @@ def test_a_console_that_is_no_terminal_gets_a_line_now_and_then(recipe, tmp_path
         monkeypatch.setattr(tracking, "QUIET", quiet)
         console = Console(file=io.StringIO())
         train.run(parse_config(recipe), tmp_path / str(quiet), console)
-        return re.findall(r"^  step (\d)", console.file.getvalue(), re.MULTILINE)
+        return re.findall(r"^  sft, step (\d)", console.file.getvalue(), re.MULTILINE)
 
     assert shown(0.0) == ["1", "2", "3", "4"] and shown(1e9) == ["4"]
+
+
+def test_without_held_out_rows_the_figures_are_shown_all_the_same(recipe, tmp_path):
+    recipe["data"]["reasoning_gym"]["eval_size"] = 0
+    console = Console(file=io.StringIO())
+    train.run(parse_config(recipe), tmp_path / "run", console)
+    text = console.file.getvalue()
+    lines = re.findall(r"^  (\w+, step \d): (\w+)", text, re.MULTILINE)
+    sft, grpo = [[(f"{stage}, step {n}", first) for n in (2, 3)] for stage, first in
+                 (("sft", "nll"), ("grpo", "reward"))]  # fmt: skip
+    assert lines == sft + grpo
+    assert "grpo, step 2, training" in text and "step 5" not in text  # the stage's step, not 5
+
+
+def test_figures_of_a_step_are_of_that_step_and_stay_whole(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "QUIET", 0.0)
+    config = parse_config(recipe)
+    console = Console(file=io.StringIO())
+    narrow = Console(file=io.StringIO(), force_terminal=True, width=40, color_system=None)
+    metrics = {"reward": 0.5, "grad_norm": 3.0, "completion_length": 4.25, "seconds": 1.0}
+    for shown in (console, narrow):
+        with tracking.Tracker(tmp_path, config, 0, shown) as tracker:
+            tracker.start_stage("grpo", config.stages["grpo"], 0)
+            tracker.log(checkpoints.Progress(9, "grpo", 1), metrics | {"eval/accuracy": 0.25}, True)
+            tracker.log(checkpoints.Progress(10, "grpo", 2), metrics, False)
+    head, first, second = console.file.getvalue().splitlines()
+    assert head == "grpo: steps 0 to 3"
+    assert first == "  grpo, step 1: reward 0.5  completion_length 4.25  eval/accuracy 0.25"
+    assert second == "  grpo, step 2: reward 0.5  completion_length 4.25"
+    wrapped = "  grpo, step 1: reward 0.5\n    completion_length 4.25\n    eval/accuracy 0.25\n"
+    assert wrapped in narrow.file.getvalue().replace("\r", "")
 
 
 def test_tensorboard(recipe, tmp_path):

@@ -170,7 +170,7 @@ class Checkpoint:
             )
             raise RewardModelError(
                 f"{source} is {what}: it has no tensor 'score.weight'; a checkpoint of "
-                "AutoModelForSequenceClassification is needed"
+                f"AutoModelForSequenceClassification is needed{_elsewhere(folder)}"
             )
         try:
             self.spec = Spec.from_config(config)
@@ -314,11 +314,24 @@ class Safetensors(Mapping[str, Tensor]):
         return len(self._files)
 
 
+def _elsewhere(folder: Path | None) -> str:
+    """The classifiers in a folder, which may be a run's, or beside it, which may be its policy."""
+    if folder is None:
+        return ""
+    found = [
+        repr(str(config.parent))
+        for place in (folder, folder.parent)
+        for config in sorted(place.glob("*/config.json"))
+        if "ForSequenceClassification" in config.read_text(errors="replace")
+    ]
+    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
+
+
 def _folder(path: str) -> Path:
     try:
         found = find_model(path)
     except ValueError as error:
-        raise RewardModelError(str(error)) from error
+        raise RewardModelError(f"{error}{_elsewhere(Path(path).expanduser())}") from error
     if Path(found).is_dir():
         return Path(found)
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]

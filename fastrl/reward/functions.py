@@ -1,5 +1,6 @@
 """Reward functions with TRL's signature, found by import path and checked at every call."""
 
+import difflib
 import importlib
 import inspect
 import math
@@ -30,14 +31,22 @@ def load_reward_function(path: str) -> RewardFunction:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module does wrong while it is imported
+        where = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
+            where = f"; it was looked for in the working directory {here} and on Python's path"
         raise RewardError(
-            f"reward function {path!r}: cannot import {module_name!r}: {error}"
+            f"reward function {path!r}: cannot import {module_name!r}: {error}{where}"
         ) from error
     finally:
         sys.path.remove(here)
     function = getattr(module, name, None)
     if not callable(function):
-        raise RewardError(f"reward function {path!r}: {module_name!r} has no function {name!r}")
+        known = [n for n, value in vars(module).items() if callable(value)]
+        close = difflib.get_close_matches(name, known)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise RewardError(
+            f"reward function {path!r}: {module_name!r} has no function {name!r}{hint}"
+        )
     return function
 
 

@@ -160,7 +160,7 @@ def save_final(setup: Setup, name: str, network: nn.Module, run: Path) -> None:
     A head that reads the policy as it is at the end is written alone; of a reward model's head the
     classifier that it makes with the policy that it reads.
     """
-    folder = run / ("final" if name == "policy" else f"final-{name}")
+    folder = checkpoints.final(run, name)
     if isinstance(network, models.ScoreHead):
         trainer = _trainer(setup.config, name)
         if not setup.config.stages[trainer].trains_policy:

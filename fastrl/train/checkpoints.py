@@ -158,6 +158,16 @@ def latest(folder: Path) -> Path | None:
     return saved[-1] if saved else None
 
 
+def final(run: Path, network: str) -> Path:
+    """Where a run's end leaves a model: `final`, or `final-NAME` of a scoring model."""
+    return run / ("final" if network == "policy" else f"final-{network}")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of the run that a checkpoint was saved after, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Check a checkpoint against its list of files.
 

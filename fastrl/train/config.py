@@ -1,5 +1,6 @@
 """The recipe: every setting of a run, checked before any work is done."""
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -202,6 +203,15 @@ class Reward(Section):
     def _one_source(self):
         if bool(self.function) == (self.model is not None):
             raise ValueError("give either function or model")
+        if self.function and self.function != "reasoning_gym":
+            module, _, name = self.function.partition(":")
+            if not module or not name:
+                close = difflib.get_close_matches(self.function, ["reasoning_gym"])
+                hint = "did you mean that?" if close else "the task's verifier"
+                raise ValueError(
+                    f"function={self.function!r} must look like module:function, or be "
+                    f"reasoning_gym; {hint}"
+                )
         if self.model is None and (self.scheme or self.keep_bf16 or self.ensemble):
             raise ValueError("scheme, keep_bf16 and ensemble go with model")
         if self.variance_weight != 0.5 and self.ensemble != "uncertainty":
@@ -233,6 +243,13 @@ class Config(Section):
         description="how several processes hold a model: each all of it, or each a part (fsdp)",
     )
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+
+    @property
+    def trained(self) -> list[str]:
+        """The networks that its stages train: the policy, scoring models by name."""
+        stages = self.stages.values()
+        policy = ["policy"] if any(stage.trains_policy for stage in stages) else []
+        return [*policy, *dict.fromkeys(name for stage in stages for name in stage.scorers)]
 
     @model_validator(mode="before")
     @classmethod

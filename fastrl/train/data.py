@@ -11,17 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from fastrl import installation
 from fastrl.reward.reasoning_gym import make_flips, make_problems, make_slips
 from fastrl.train import config as cfg
+from fastrl.train.mistakes import DataError
 from fastrl.train.stages import Reward
 
 # Everything else reaches the reward functions.
 RESERVED = ("prompt", "completion", "chosen", "rejected", "ranked")
-
-
-class DataError(ValueError):
-    """A data file or row that cannot be used.
-
-    The message names the file, the line and what would be right.
-    """
 
 
 @dataclass(frozen=True)

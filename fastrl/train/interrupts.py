@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastrl import installation
 from fastrl.train import checkpoints, parallel
 
 
@@ -16,10 +17,12 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, folder: Path):
         saved = checkpoints.latest(folder)
-        step = "begins anew" if saved is None else f"continues after {saved.name}"
+        kept = "nothing is saved yet; to begin anew"
+        if saved is not None:
+            kept = f"last saved after step {checkpoints.step_of(saved)} of the run; to go on"
         alone = "; several processes do not save when interrupted" if parallel.size() > 1 else ""
-        resume = f"fastrl train --resume {shlex.quote(str(folder))}"
-        super().__init__(f"interrupted{alone}; {resume} {step}")
+        resume = f"{installation.program()} train --resume {shlex.quote(str(folder))}"
+        super().__init__(f"stopped{alone}; {kept}: {resume}")
 
 
 @contextmanager

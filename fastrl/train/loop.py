@@ -17,6 +17,7 @@ from fastrl.train.checkpoints import Progress
 from fastrl.train.config import Config
 from fastrl.train.evaluate import evaluate
 from fastrl.train.interrupts import interrupts
+from fastrl.train.named import check_named
 from fastrl.train.setup import Setup, prepare
 from fastrl.train.tracking import Tracker
 from fastrl.train.update import Update, apply, merge
@@ -46,6 +47,7 @@ def run(config: Config, out: Path | str | None = None, console: Console | None =
         folder = Path(out) if out is not None else Path("runs") / name
         if parallel.first(folder.exists):
             checkpoints.create_run(folder, config)  # raises: say so before loading anything
+        check_named(config)
         setup = prepare(config)
         parallel.first(lambda: checkpoints.create_run(folder, setup.config))
         if parallel.rank() == 0:
@@ -96,7 +98,7 @@ def _train(
             if progress.stage_step == stage.steps:
                 continue
             work = begin(setup, stage, name, folder, checkpoint if continued else None)
-            tracker.start_stage(name, progress.stage_step, stage.steps)
+            tracker.start_stage(name, stage, progress.stage_step)
             while progress.stage_step < stage.steps:
                 progress = _step(work, progress, tracker, folder)
                 done = progress.stage_step == stage.steps
@@ -160,14 +162,15 @@ def _step(work: Work, progress: Progress, tracker: Tracker, folder: Path) -> Pro
         "rollout_seconds": elapsed - learning,
         "tokens_per_second": tokens / elapsed,
     }
-    if progress.stage_step % stage.eval_every == 0 or progress.stage_step == stage.steps:
+    aloud = progress.stage_step % stage.eval_every == 0 or progress.stage_step == stage.steps
+    if aloud:
         evaluated, shown = evaluate(context)
         metrics |= evaluated
         if shown is not None:
-            tracker.samples(progress.step, progress.stage, "held out, greedy", shown)
+            tracker.samples(progress, "held out, greedy", shown)
         if scored is not None:
-            tracker.samples(progress.step, progress.stage, "training", scored)
-    tracker.log(progress.step, progress.stage, progress.stage_step, metrics)
+            tracker.samples(progress, "training", scored)
+    tracker.log(progress, metrics, aloud)
     if not finite:
         _save_skipped(setup, update, figures, progress, folder)
     return progress

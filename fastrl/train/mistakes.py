@@ -15,6 +15,13 @@ class ConfigError(ValueError):
     """
 
 
+class DataError(ValueError):
+    """A data file or row that cannot be used.
+
+    The message names the file, the line and what would be right.
+    """
+
+
 def _fields_at(model: Any, path: tuple) -> list[str]:
     for key in path:
         if isinstance(key, int):

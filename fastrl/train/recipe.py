@@ -43,8 +43,10 @@ def _read(recipe: str, extending: tuple[str, ...], folder: Path | None = None) -
         source = resources.files("fastrl.recipes") / f"{shipped}.yaml"
         text, here, name = source.read_text(), None, shipped
     else:
-        close = difflib.get_close_matches(shipped, shipped_recipes(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(shipped_recipes())}"
+        close = difflib.get_close_matches(shipped, shipped_recipes())
+        hint = f"one of {', '.join(shipped_recipes())}"
+        if close:
+            hint = f"did you mean {' or '.join(map(repr, close))}?"
         raise ConfigError(f"recipe {recipe!r} is neither a file nor a shipped recipe; {hint}")
     try:
         values = yaml.safe_load(text)

@@ -17,6 +17,7 @@ from fastrl.train.tracking import read_jsonl
 FIRST = (
     "eval/accuracy",
     "eval/reward",
+    "eval/pair_accuracy",
     "reward",
     "loss",
     "eval/nll",
@@ -38,7 +39,8 @@ overflow-x: auto } </style></head><body>
 <table><tr><th>stage</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
 {% for row in summary %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor
 %}</table> <img alt="learning curves" src="data:image/png;base64,{{ curves }}"> <h2>Completions</h2>
-<table><tr><th>step</th><th>kind</th><th>prompt</th><th>completion</th><th>reward</th></tr>
+<table><tr><th>step of the run</th><th>kind</th><th>prompt</th><th>completion</th>
+<th>reward</th></tr>
 {% for s in samples %}<tr><td>{{ s.step }}</td><td>{{ s.stage }}, {{ s.kind }}</td><td
 class="text">{{ s.prompt }}</td> <td class="text">{{ s.completion }}</td><td>{{ "%.3g" |
 format(s.reward) }}</td></tr>{% endfor %}</table> <h2>Recipe</h2><pre>{{ recipe }}</pre>
@@ -136,6 +138,7 @@ def draw_curves(run: Path) -> bytes:
                     label=stage,
                 )
         axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step of the run", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         if i == 0:

@@ -2,8 +2,9 @@
 
 import json
 import math
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,24 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from fastrl import installation
 from fastrl.files import write_whole
 from fastrl.train import config as cfg
 from fastrl.train import parallel
-from fastrl.train.checkpoints import CheckpointError
+from fastrl.train.checkpoints import CheckpointError, Progress
 from fastrl.train.rewards import Scored
+from fastrl.train.stages import Stage
 
 QUIET = 30.0  # seconds after which a console that shows no bar gets a line
-SHOWN = ("loss", "nll", "reward", "eval/accuracy", "eval/nll", "completion_length")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -72,7 +73,7 @@ class Tracker:
             self.files[name] = path.open("a")
         names = config.trackers if chief else ()
         self.trackers = [_open_tracker(name, folder, config) for name in names]
-        self.progress = Progress(
+        self.bars = Bars(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
@@ -85,50 +86,66 @@ class Tracker:
             disable=not self.console.is_terminal,
         )
         self.task: TaskID | None = None
-        self.last: dict[str, float] = {}
+        self.headline: tuple[str, ...] = ()
         self.said = time.monotonic()
 
     def __enter__(self) -> "Tracker":
-        self.progress.start()
+        self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        self.bars.stop()
         for file in self.files.values():
             file.close()
         for tracker in self.trackers:
             tracker.close()
 
-    def start_stage(self, name: str, done: int, total: int) -> None:
+    def start_stage(self, name: str, stage: Stage, done: int) -> None:
         """A new bar for a stage."""
         if self.task is not None:
-            self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(name, total=total, completed=done, rate="", figures="")
-        self.last = {}
-        self.console.print(f"[bold]{escape(name)}[/bold]: steps {done} to {total}")
+            self.bars.remove_task(self.task)
+        self.task = self.bars.add_task(name, total=stage.steps, completed=done, rate="", figures="")
+        self.headline = stage.headline
+        self.console.print(f"[bold]{escape(name)}[/bold]: steps {done} to {stage.steps}")
 
-    def log(self, step: int, stage: str, stage_step: int, metrics: dict[str, float]) -> None:
-        """Record one step's metrics; non-finite ones are written as null."""
+    def log(self, progress: Progress, metrics: dict[str, float], aloud: bool) -> None:
+        """Record one step's metrics, non-finite ones as null; aloud, or after a while, in a line.
+
+        The line has what the stage names its headline, and the held-out figures of this very step.
+        """
+        step, stage, stage_step = progress.step, progress.stage, progress.stage_step
         clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._write("metrics", {"step": step, "stage": stage, "stage_step": stage_step, **clean})
         for tracker in self.trackers:
             tracker.log(step, {f"{stage}/{k}": v for k, v in clean.items() if v is not None})
-        self.last |= {k: v for k, v in metrics.items() if k in SHOWN}
-        figures = "  ".join(f"{k} {v:.4g}" for k, v in self.last.items())
+        shown = {k: metrics[k] for k in self.headline if k in metrics}
         rate = (
             f"{metrics['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in metrics else ""
         )
         if self.task is not None:
-            self.progress.update(self.task, completed=stage_step, figures=figures, rate=rate)
-        silent = self.progress.disable and time.monotonic() - self.said > QUIET
-        if silent or any(k.startswith("eval/") for k in metrics):
+            self.bars.update(self.task, completed=stage_step, figures=_figures(shown), rate=rate)
+        silent = self.bars.disable and time.monotonic() - self.said > QUIET
+        if silent or aloud:
             self.said = time.monotonic()
-            self.console.print(f"  step {stage_step}: {figures}", highlight=False)
+            held_out = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+            self._line(f"  {stage}, step {stage_step}: ", shown | held_out)
 
-    def samples(self, step: int, stage: str, kind: str, scored: Scored, shown: int = 4) -> None:
+    def _line(self, head: str, figures: Mapping[str, float]) -> None:
+        """A name and its number stay together; what is no terminal gets one line, however long."""
+        text = head + _figures(figures, within="\0")
+        if self.console.is_terminal:
+            width = max(self.console.width, 20)
+            whole: Any = {"break_long_words": False, "break_on_hyphens": False}
+            text = textwrap.fill(text, width, subsequent_indent="    ", **whole)
+        text = text.replace("\0", " ")
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def samples(self, progress: Progress, kind: str, scored: Scored, shown: int = 4) -> None:
         """Record and show some completions with their rewards, spread over the batch."""
+        step, stage = progress.step, progress.stage
         stride = max(len(scored.completions) // max(shown, 1), 1)
-        table = Table(title=f"{stage}, {kind}, step {step}", title_justify="left")
+        title = f"{stage}, step {progress.stage_step}, {kind}"
+        table = Table(title=escape(title), title_justify="left")
         for column in ("prompt", "completion", "reward"):
             table.add_column(column, overflow="fold")
         for i in list(range(0, len(scored.completions), stride))[:shown]:
@@ -146,6 +163,10 @@ class Tracker:
             self.files[name].flush()
         except OSError as error:
             raise CheckpointError(f"cannot write {self.files[name].name!r}: {error}") from error
+
+
+def _figures(metrics: Mapping[str, float], within: str = " ") -> str:
+    return "  ".join(f"{name}{within}{value:.4g}" for name, value in metrics.items())
 
 
 class _TensorBoard:

@@ -55,6 +55,9 @@ class Stage(Section):
     demonstrations: ClassVar[bool] = False  # it reads the demonstrations' completions
     rankings: ClassVar[bool] = False  # it reads completions that are ranked: chosen, rejected
     trains_policy: ClassVar[bool] = True
+    headline: ClassVar[tuple[str, ...]] = (
+        "loss",
+    )  # what the console shows of a step, if it has it
 
     @property
     def scorers(self) -> dict[str, int]:
@@ -125,6 +128,7 @@ class Rewarded(Sampled):
     overlong_buffer: int = Field(
         0, ge=0, description="tokens before the limit over which a penalty of 0 to -1 grows (DAPO)"
     )
+    headline: ClassVar[tuple[str, ...]] = ("reward", "gold_reward", "kl", "completion_length")
 
     @property
     def reward_from(self) -> str | None:

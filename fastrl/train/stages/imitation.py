@@ -27,6 +27,7 @@ class SFT(Stage):
     )
     reduction: Reduction = "dapo"
     demonstrations: ClassVar[bool] = True
+    headline: ClassVar[tuple[str, ...]] = ("nll",)
 
     @property
     def crowd(self) -> bool:
@@ -39,6 +40,7 @@ class IQLearn(SFT):
     algorithm: Literal["iqlearn"] = "iqlearn"  # type: ignore[assignment]
     alpha: float = Field(1.0, gt=0, description="larger is nearer to sft")
     gamma: float = Field(1.0, gt=0, le=1)
+    headline: ClassVar[tuple[str, ...]] = ("loss", "nll")
 
 
 class AfD(Sampled):
@@ -54,6 +56,7 @@ class AfD(Sampled):
     reward_model: ScorerKind = Field("separate", description=REWARD_MODEL)
     demonstrations: ClassVar[bool] = True
     trains_policy: ClassVar[bool] = False
+    headline: ClassVar[tuple[str, ...]] = ("loss", "demo_accuracy", "policy_accuracy")
 
     @property
     def scorers(self) -> dict[str, int]:
@@ -102,6 +105,12 @@ class Adversarial(GRPO):
     discriminator_optimizer: Optimizer = Field(default_factory=Optimizer.model_construct)
     max_logit: float = Field(20.0, gt=0)
     demonstrations: ClassVar[bool] = True
+    headline: ClassVar[tuple[str, ...]] = (
+        "reward",
+        "gold_reward",
+        "discriminator/demo_accuracy",
+        "discriminator/policy_accuracy",
+    )
 
     @property
     def scorers(self) -> dict[str, int]:
@@ -144,6 +153,7 @@ class SPIN(Stage):
         50, ge=1, description="steps of an iteration, after which the policy plays a newer self"
     )
     demonstrations: ClassVar[bool] = True
+    headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "margin")
 
     @property
     def reference(self) -> bool:
@@ -162,6 +172,7 @@ class Distillation(Sampled):
     )
     group_size: int = Field(1, ge=1)
     reduction: Reduction = "dapo"
+    headline: ClassVar[tuple[str, ...]] = ("distillation", "reward", "completion_length")
 
     @property
     def reference(self) -> bool:

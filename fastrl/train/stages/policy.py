@@ -1,6 +1,6 @@
 """Stages that optimise a reward on the policy's own samples."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -140,3 +140,4 @@ class RAFT(Rewarded):
     """Likelihood of the best of each group of samples; source: 2304.06767."""
 
     algorithm: Literal["raft"] = "raft"
+    headline: ClassVar[tuple[str, ...]] = ("nll", "reward", "best_reward", "completion_length")

@@ -21,6 +21,7 @@ class Reward(Stage):
     reward_model: ScorerKind = Field("separate", description=REWARD_MODEL)
     rankings: ClassVar[bool] = True
     trains_policy: ClassVar[bool] = False
+    headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     @model_validator(mode="after")
     def _effective(self):
@@ -55,6 +56,14 @@ class Preference(Stage):
     temperature: float = Field(1.0, gt=0)
     reference_every: int | None = Field(
         None, ge=1, description="steps after which the policy becomes its own reference"
+    )
+    headline: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "accuracy",
+        "margin",
+        "desirable_reward",
+        "undesirable_reward",
+        "reward",
     )
 
     @model_validator(mode="after")
