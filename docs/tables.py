@@ -17,13 +17,16 @@ from pydantic_core import PydanticUndefined
 from fastrl import bench
 from fastrl.kernels import IMPLEMENTATIONS
 from fastrl.train import config, shipped_recipes, stages
+from fastrl.train.metrics import METRICS
 
 PLACE = re.compile(r"^(<!-- table: (\w+) ?(.*?) -->)\n(?:\n\|.*(?:\n\|.*)*\n)?", re.MULTILINE)
 
 
 def filled(page: str) -> str:
     """A page's text with its tables as they are now."""
-    tables = {f.__name__: f for f in (settings, algorithms, recipes, implementations, races)}
+    tables = {
+        f.__name__: f for f in (settings, algorithms, recipes, metrics, implementations, races)
+    }
 
     def place(match: re.Match[str]) -> str:
         return f"{match[1]}\n\n{tables[match[2]](*match[3].split())}\n"
@@ -126,6 +129,12 @@ def recipes() -> str:
             )
         )
     return _table(("recipe", "", "stages", "extends"), *rows)
+
+
+def metrics() -> str:
+    """What a run logs, and how to read it."""
+    rows = [(f"`{name}`", m.what, m.unit, m.of, m.healthy) for name, m in METRICS.items()]
+    return _table(("metric", "", "unit", "logged by", "healthy"), *rows)
 
 
 def implementations() -> str:

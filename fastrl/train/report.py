@@ -2,30 +2,20 @@
 
 import base64
 import io
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fastrl.files import write_whole
 from fastrl.train.checkpoints import CheckpointError, open_run
+from fastrl.train.metrics import METRICS, entry
 from fastrl.train.recipe import dump_config
 from fastrl.train.tracking import read_jsonl
 
-# What a reader looks for first; the rest follows by name.
-FIRST = (
-    "eval/accuracy",
-    "eval/reward",
-    "eval/pair_accuracy",
-    "reward",
-    "loss",
-    "eval/nll",
-    "nll",
-    "entropy",
-    "completion_length",
-    "kl",
-)
 LEFT_OUT = ("step", "stage", "stage_step", "skipped")
 
 PAGE = """<!doctype html>
@@ -34,11 +24,16 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 color: #222 } table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem;
 text-align: left; border-bottom: 1px solid #ddd; vertical-align: top } td.text { white-space:
 pre-wrap; font-family: monospace } img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem;
-overflow-x: auto } </style></head><body>
+overflow-x: auto } .curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill,
+minmax(20rem, 1fr)) } figure { margin: 0 } figcaption { font-size: 13px } dt { float: left;
+margin-right: .5rem; font-weight: bold } </style></head><body>
 <h1>{{ name }}</h1>
 <table><tr><th>stage</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
 {% for row in summary %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor
-%}</table> <img alt="learning curves" src="data:image/png;base64,{{ curves }}"> <h2>Completions</h2>
+%}</table> <dl>{% for name, text in legend %}<dt>{{ name }}</dt><dd>{{ text }}</dd>{% endfor %}</dl>
+<h2>Curves</h2><div class="curves">{% for c in curves %}<figure><img alt="{{ c.name }}"
+src="data:image/png;base64,{{ c.image }}"><figcaption>{{ c.text }}</figcaption></figure>{% endfor
+%}</div> <h2>Completions</h2>
 <table><tr><th>step of the run</th><th>kind</th><th>prompt</th><th>completion</th>
 <th>reward</th></tr>
 {% for s in samples %}<tr><td>{{ s.step }}</td><td>{{ s.stage }}, {{ s.kind }}</td><td
@@ -57,6 +52,8 @@ SUMMARY = (
     "last reward",
     "skipped",
 )
+# Columns whose names do not say it all, and the metric that each one is of.
+LEGEND = (("tokens/s", "tokens_per_second"), ("accuracy", "eval/accuracy"), ("skipped", "skipped"))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -107,44 +104,74 @@ def print_summary(run: Path, console: Console) -> None:
     console.print(table)
 
 
-def draw_curves(run: Path) -> bytes:
-    """Learning curves of every metric over all stages, as a PNG."""
+def panels(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What is drawn, in the glossary's order, and under which other names it was logged too."""
+    order = list(METRICS)
+    names = {k for r in rows for k, v in r.items() if k not in LEFT_OUT and v is not None}
+    out: dict[str, list[str]] = {}
+    for name in sorted(
+        names, key=lambda n: (order.index(entry(n)) if entry(n) in METRICS else len(order), n)
+    ):
+        twin = {"eval/reward": "eval/accuracy", "reward/NAME": "reward"}.get(entry(name), "")
+        if twin in out and _same(rows, name, twin):
+            out[twin].append(name)
+        else:
+            out[name] = []
+    return out
+
+
+def _same(rows: list[dict[str, Any]], name: str, twin: str) -> bool:
+    both = [(r[name], r.get(twin)) for r in rows if r.get(name) is not None]
+    return all(b is not None and math.isclose(a, b, abs_tol=1e-6) for a, b in both)
+
+
+def explain(name: str, also: list[str]) -> str:
+    """What stands under a curve."""
+    metric = METRICS.get(entry(name))
+    texts = [metric.sentence()] if metric else []
+    texts += [f"The same as {other}." for other in also]
+    return " ".join(texts).replace("`", "")
+
+
+def draw(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    """The curve of a metric over all stages, as pixels `[H, W, 4]`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_metrics(run)
-    names = {k for r in rows for k, v in r.items() if k not in LEFT_OUT and v is not None}
-    ordered = [n for n in FIRST if n in names] + sorted(names - set(FIRST))
-    columns = 3
-    lines = -(-len(ordered) // columns)
-    figure = Figure(figsize=(4.4 * columns, 2.6 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    stages = list(dict.fromkeys(r["stage"] for r in rows))
-    for i, name in enumerate(ordered):
-        axes = figure.add_subplot(lines, columns, i + 1)
-        for k, stage in enumerate(stages):
-            points = [
-                (r["step"], r[name])
-                for r in rows
-                if r["stage"] == stage and r.get(name) is not None
-            ]
-            if points:
-                few = len(points) <= 40
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=f"C{k}",
-                    lw=1.2,
-                    marker="." if few else "",
-                    label=stage,
-                )
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("step of the run", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        if i == 0:
-            axes.legend(fontsize=8)
+    figure = Figure(figsize=(4.4, 2.6), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for k, stage in enumerate(dict.fromkeys(r["stage"] for r in rows)):
+        points = [
+            (r["step"], r[name]) for r in rows if r["stage"] == stage and r.get(name) is not None
+        ]
+        if points:
+            marker = "." if len(points) <= 40 else ""
+            axes.plot(*zip(*points, strict=True), f"C{k}", lw=1.2, marker=marker, label=stage)
+    axes.set_title(name, fontsize=10)
+    axes.set_xlabel("step of the run", fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def tile(images: list[np.ndarray], columns: int = 3) -> np.ndarray:
+    """Images of one size side by side, row by row, on white."""
+    empty = [np.full_like(images[0], 255)] * (-len(images) % columns)
+    cells = [*images, *empty]
+    rows = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    return np.vstack(rows)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """An image as a file's bytes."""
+    from matplotlib.image import imsave
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    imsave(buffer, pixels, format="png")
     return buffer.getvalue()
 
 
@@ -156,7 +183,17 @@ def write_report(run: Path, last_samples: int = 40) -> Path:
     import jinja2
 
     config = open_run(run)
-    curves = draw_curves(run)
+    rows = read_metrics(run)
+    shown = panels(rows)
+    images = [draw(rows, name) for name in shown]
+    curves = [
+        {
+            "name": name,
+            "image": base64.b64encode(png(image)).decode(),
+            "text": explain(name, also),
+        }
+        for (name, also), image in zip(shown.items(), images, strict=True)
+    ]
     page = (
         jinja2.Environment(autoescape=True)
         .from_string(PAGE)
@@ -164,11 +201,12 @@ def write_report(run: Path, last_samples: int = 40) -> Path:
             name=f"{config.name}, seed {config.seed}",
             columns=SUMMARY,
             summary=summarise(run),
-            curves=base64.b64encode(curves).decode(),
+            legend=[(name, explain(key, [])) for name, key in LEGEND],
+            curves=curves,
             samples=read_jsonl(run / "samples.jsonl")[-last_samples:][::-1],
             recipe=dump_config(config),
         )
     )
-    write_whole(run / "curves.png", curves)
+    write_whole(run / "curves.png", png(tile(images)))
     write_whole(run / "report.html", page.encode())
     return run / "report.html"

@@ -187,8 +187,8 @@ def policy_updates(
     rows = batch.completion_mask.any(-1)
     silent = stage.entropy_coef == 0 and not (stage.kl_coef and stage.kl_in == "loss")
     if silent and joint is None:
-        by_row = batch["advantages"].view(len(rows), -1)
-        rows = rows & (by_row != 0).any(-1)
+        some = batch["advantages"] != 0
+        rows = rows & (some if some.dim() == 1 else some.any(-1))
     batch = batch.select(torch.nonzero(rows).squeeze(-1))
     for update in range(stage.updates_per_batch):
         part = replace(batch, selected=selected(context, batch, update))
