@@ -143,8 +143,8 @@ def generate(case, prompts, tokens, temperature=1.0):
     return out[:, ids.shape[1] :]
 
 
-def exported(case, prompts, tokens, temperature=1.0, *, peer, kind):
-    return case.exported(peer, kind).generate(prompts, case.group, tokens, temperature)
+def exported(case, prompts, tokens, temperature=1.0, **which):
+    return case.exported(**which).generate(prompts, case.group, tokens, temperature)
 
 
 @torch.no_grad()
