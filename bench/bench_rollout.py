@@ -1,4 +1,4 @@
-"""Rollouts against Hugging Face generate, replicated and with one prefill, and OpenVINO GenAI.
+"""Rollouts against Hugging Face generate, replicated and with one prefill, OpenVINO and llama.cpp.
 
 Three calls of each engine, and its head alone, tell what a step is made of: the prompt and a first
 token; the whole; and a few tokens behind a prompt of one, where there is no prompt to attend to.
@@ -14,6 +14,7 @@ from functools import cache, partial
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from fastrl.bench.llamacpp_peer import LlamaCpp
 from fastrl.bench.openvino_peer import OpenVino
 from fastrl.bench.race import Race, Variant, Verdict, Work, within
 from fastrl.models import backbone, lm_head
@@ -52,6 +53,14 @@ FIRST, BARE, HEAD, WHOLE = "first token", "short prompt", "head", "generate"
 GATE = {"layers": 2, "prompts": 2, "P": 40, "G": 3, "tokens": 8}
 FEW = 16  # tokens behind the short prompt, and draws of the head
 UNLIKE = "share of tokens unlike generate's"
+# Engines that get the model in a format of their own: the peer, and the type of keys and values
+# (OpenVINO), or of the weights where it is not the model's (llama.cpp).
+EXPORTED = {
+    "OpenVINO": ("openvino", "f32"),
+    "OpenVINO, u8 cache": ("openvino", "u8"),
+    "llama.cpp": ("llamacpp", None),
+    "llama.cpp, Q8_0": ("llamacpp", "Q8_0"),
+}
 
 
 def build(shape):
@@ -95,8 +104,11 @@ class Case:
         self.engine = RolloutEngine(model, max_rows=self.rows)
 
     @cache  # noqa: B019  a case lives as long as its process
-    def openvino(self, keys):
-        made = OpenVino(self.model, keys)
+    def exported(self, peer, kind):
+        if peer == "llamacpp":
+            sizes = len(self.prompts), self.group, len(self.prompts[0]), self.tokens
+            return LlamaCpp(self.model, *sizes, kind)
+        made = OpenVino(self.model, kind)
         made.generate([p[:1] for p in self.prompts], self.group, 2, 1.0)  # some is compiled by then
         return made
 
@@ -131,8 +143,8 @@ def generate(case, prompts, tokens, temperature=1.0):
     return out[:, ids.shape[1] :]
 
 
-def openvino(case, prompts, tokens, temperature=1.0, keys="f32"):
-    return case.openvino(keys).generate(prompts, case.group, tokens, temperature)
+def exported(case, prompts, tokens, temperature=1.0, **which):
+    return case.exported(**which).generate(prompts, case.group, tokens, temperature)
 
 
 @torch.no_grad()
@@ -177,19 +189,16 @@ class Rollout(Race):
         ],
     }
 
-    unraced = {
-        "llamacpp": "not raced yet: it needs github.com/ggml-org/llama.cpp built, and a GGUF file"
-    }
-
     def variants(self, device):
         found = {
             "fastrl": Variant(fastrl),
             "HF, one prefill": Variant(prefill_once, "hf"),
             "HF generate": Variant(generate, "hf", without=(BARE, HEAD)),
         }
-        peer = partial(Variant, peer="openvino", slow=True, without=(HEAD,))
-        keys = {"OpenVINO": "f32", "OpenVINO, u8 cache": "u8"}
-        others = {name: peer(partial(openvino, keys=kind)) for name, kind in keys.items()}
+        others = {
+            name: Variant(partial(exported, peer=peer, kind=k), peer, slow=True, without=(HEAD,))
+            for name, (peer, k) in EXPORTED.items()
+        }
         return found | (others if device.type == "cpu" else {})
 
     def draw(self, shape, device):
@@ -210,24 +219,36 @@ class Rollout(Race):
         return {FIRST: 1, WHOLE: whole}.get(mode, min(FEW, whole))
 
     def before(self, variant, inputs, mode):
-        if variant.peer == "openvino":
-            inputs.openvino(**variant.function.keywords)  # exported and compiled only once
+        if isinstance(variant.function, partial):  # of exported: written and compiled only once
+            inputs.exported(**variant.function.keywords)
         return inputs
 
     def gate(self, variant, inputs, shape):
-        """On a small case: greedy tokens are generate's (float32), or hidden states agree."""
-        case = self.draw(shape | GATE, inputs.model.device)
-        if case.model.dtype == torch.float32:
+        """On a small case: greedy tokens are generate's (float32), or hidden states agree.
+
+        Of llama.cpp logits do, where its weights are not the model's float32.
+        """
+        few = {"prompts": min(GATE["prompts"], shape["prompts"])}  # one is another path than many
+        case = self.draw(shape | GATE | few, inputs.model.device)
+        quantized = getattr(variant.function, "keywords", {}).get("kind") == "Q8_0"
+        if case.model.dtype == torch.float32 and not quantized:
             want = generate(case, case.prompts, case.tokens, temperature=0)
             got = variant.function(case, case.prompts, case.tokens, temperature=0)
             return within({UNLIKE: (got.to(want.device) != want).float().mean().item()}, 0)
-        if not variant.ours:
-            return Verdict()  # Hugging Face's own forward is what ours is held to
-        got = case.engine.prefill(case.prompts[0]).hidden.float()
         ids = torch.tensor(case.prompts[:1], device=case.model.device)
-        with torch.no_grad():
-            want = backbone(case.model)(ids, use_cache=False).last_hidden_state[0, -1].float()
-        return within({"hidden": ((got - want).abs().max() / want.abs().max()).item()}, 5e-2)
+        if variant.ours:
+            what, got = "hidden", case.engine.prefill(case.prompts[0]).hidden
+            with torch.no_grad():
+                want = backbone(case.model)(ids, use_cache=False).last_hidden_state[0, -1]
+        elif variant.peer == "llamacpp":
+            what = "logits"
+            got = case.exported(**variant.function.keywords).logits(case.prompts[0])
+            with torch.no_grad():
+                want = case.model(ids).logits[0, -1]
+        else:
+            return Verdict()  # Hugging Face's own forward is what ours is held to
+        off = (got.float() - want.float()).abs().max() / want.abs().max()
+        return within({what: off.item()}, 5e-2)
 
     def figures(self, variant, inputs, shape, seconds):
         """Milliseconds of the prompt and of a step, and what a step is made of; its bytes.
@@ -261,6 +282,8 @@ class Rollout(Race):
     def held(self, variant, inputs, shape):
         """Bytes of keys and values at the end; the last token has none."""
         steps = shape["tokens"] - 1
+        if variant.peer == "llamacpp":
+            return inputs.exported(**variant.function.keywords).held
         if variant.ours:  # in nodes of CHUNK positions
             held = len(inputs.prompts) * shape["P"] + inputs.rows * CHUNK * math.ceil(steps / CHUNK)
         else:
@@ -274,7 +297,7 @@ class Rollout(Race):
         if name == "HF generate":  # the widest activations of all prompts at once
             wide = 4 * MODELS[shape["model"]][2]["intermediate_size"] * size
             return model + 2 * both + rows * shape["P"] * wide
-        return 3.0 * model if name.startswith("OpenVINO") else model + 2 * both
+        return 3.0 * model if name in EXPORTED else model + 2 * both
 
     def small(self, shape):
         return shape | {"prompts": 1, "P": 4, "G": 2, "tokens": 2, "layers": 1}

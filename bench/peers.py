@@ -13,11 +13,15 @@ from fastrl.kernels import native
 
 @dataclass(frozen=True)
 class Peer:
-    """``package`` is what to import; for a program, what to run, and ``program`` what brings it."""
+    """``package`` is what to import, ``name`` what it is installed by where that is another.
+
+    ``besides``: packages that it is raced with.
+    """
 
     about: str
     package: str = "torch"
-    program: str = ""
+    name: str = ""
+    besides: tuple[str, ...] = ()
 
 
 PEERS = {
@@ -31,9 +35,7 @@ PEERS = {
     "bitsandbytes": Peer("bitsandbytes", "bitsandbytes"),
     "hf": Peer("Hugging Face transformers", "transformers"),
     "openvino": Peer("OpenVINO GenAI", "openvino_genai"),
-    "llamacpp": Peer(
-        "llama.cpp", "llama-batched-bench", program="build github.com/ggml-org/llama.cpp"
-    ),
+    "llamacpp": Peer("llama.cpp", "llama_cpp", "llama-cpp-python", besides=("gguf",)),
 }
 
 
@@ -42,10 +44,9 @@ def missing(peer: str, device: torch.device) -> str | None:
     if peer == "fastrl":
         return native.why_missing or None if device.type == "cpu" else None
     it = PEERS[peer]
-    if it.program:
-        return None if shutil.which(it.package) else f"{it.package} is not on PATH: {it.program}"
-    if importlib.util.find_spec(it.package) is None:
-        return f"not installed: {installation.get(it.package)}"
+    for package, name in {it.package: it.name, **dict.fromkeys(it.besides, "")}.items():
+        if importlib.util.find_spec(package) is None:
+            return f"not installed: {installation.get(name or package)}"
     if peer == "compile" and device.type == "cpu" and not shutil.which("g++"):
         return "torch.compile needs a C++ compiler: apt-get install g++"
     return None
@@ -62,7 +63,7 @@ def parse(against: str) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Of fastrl and of the packages of all peers that are installed."""
-    packages = ["fastrl", "triton", *dict.fromkeys(it.package for it in PEERS.values())]
+    packages = ["fastrl", "triton", *dict.fromkeys(it.name or it.package for it in PEERS.values())]
     found = {}
     for package in packages:
         try:

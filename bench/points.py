@@ -235,7 +235,6 @@ def run(
     (found,) = events(task, options)
     raced = {v.peer for op in shapes for v in bench.load(op).variants(device).values()}
     absent = {who: why for _, missing in fields.values() for who, why in missing.items()}
-    unraced = {who: why for op in shapes for who, why in bench.load(op).unraced.items()}
     none = f"nothing of {', '.join(shapes)} races it on {device} yet"
     report: dict[str, Any] = {
         "fastrl": found["versions"].get("fastrl"),
@@ -246,7 +245,7 @@ def run(
         "clock": "CPU time" if options.cpu_time else "wall",
         "environment": options.environment,
         **found,
-        "missing": absent | {p: none for p in against or () if p not in raced} | unraced,
+        "missing": absent | {p: none for p in against or () if p not in raced},
         "points": list(before),
     }
     yield report

@@ -84,8 +84,6 @@ class Race(ABC):
     modes: tuple[str, ...] = (FORWARD, BOTH)
     # Parts by name, and the variant that adds each to the one before; the first is the start.
     ladder: Mapping[str, str] = MappingProxyType({})
-    # Peers by name that should be raced and are not, and why.
-    unraced: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def variants(self, device: torch.device) -> dict[str, Variant]:

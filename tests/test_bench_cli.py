@@ -120,6 +120,10 @@ def test_missing_peers_come_with_the_command_that_brings_them(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "trl", absent)
     names, missing = points.field(bench.load("logits"), None, CPU)
     assert missing["trl"] == "not installed: pip install no_such_package" and "TRL" not in names
+    monkeypatch.setitem(peers.PEERS, "trl", peers.Peer("TRL", "no_such", "no-such-kernels"))
+    assert peers.missing("trl", CPU) == "not installed: pip install no-such-kernels"
+    monkeypatch.setitem(peers.PEERS, "trl", peers.Peer("TRL", besides=("no_such_writer",)))
+    assert peers.missing("trl", CPU) == "not installed: pip install no_such_writer"
     assert missing["torch.compile"].endswith("fastrl bench logits --against compile")
     names, missing = points.field(bench.load("logits"), ["eager"], CPU)
     assert "eager" in names and "TRL" not in names and "trl" not in missing

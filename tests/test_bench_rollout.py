@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fastrl import bench
 from fastrl.bench import bench_rollout, child, report
@@ -119,3 +120,67 @@ def test_openvino_samples_the_same_greedy_tokens(case):
     assert RACE.gate(variants["OpenVINO"], case, SHAPE).wrong is None
     drawn = variants["OpenVINO"].function(case, case.prompts, 4)
     assert drawn.shape == (case.rows, 4) and drawn.min() >= 0 and drawn.max() < 17
+
+
+def llamacpp(kind="llama.cpp"):
+    for package in ("llama_cpp", "gguf"):
+        pytest.importorskip(package)
+    return RACE.variants(CPU)[kind]
+
+
+@pytest.mark.parametrize("prompts", [1, 2])  # one buffer for all sequences, or one for each
+def test_llamacpp_samples_the_same_greedy_tokens(prompts):
+    variant, shape = llamacpp(), SHAPE | {"prompts": prompts}
+    case = RACE.draw(shape, CPU)
+    assert RACE.gate(variant, case, shape).wrong is None
+    drawn = variant.function(case, case.prompts, 64)
+    assert drawn.shape == (case.rows, 64) and drawn.min() >= 0 and drawn.max() < 17
+    assert len(drawn.unique(dim=0)) == case.rows
+    # Keys and values of a token: 2 x 2 layers x 2 heads x 32 floats. A buffer is of 256 tokens.
+    assert RACE.held(variant, case, shape) == (1 if prompts == 1 else case.rows) * 256 * 1024
+
+
+def test_llamacpp_forgets_the_rollout_before():
+    case, variant = RACE.draw(SHAPE, CPU), llamacpp()
+    made = RACE.before(variant, case, WHOLE).exported(**variant.function.keywords)
+    first, again = (variant.function(case, case.prompts, 9, temperature=0) for _ in range(2))
+    assert torch.equal(first, again)
+    assert case.exported(**variant.function.keywords) is made  # written and loaded once
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("llama.cpp, Q8_0", "float32"), ("llama.cpp", "bfloat16")]
+)
+def test_llamacpp_in_fewer_bits_is_near(kind, dtype):
+    variant, shape = llamacpp(kind), SHAPE | {"dtype": dtype}
+    verdict = RACE.gate(variant, RACE.draw(shape, CPU), shape)
+    assert verdict.wrong is None and verdict.errors["logits"] > 1e-5
+
+
+def test_llamacpp_has_the_heads_of_a_llama_in_its_own_order():
+    variant = llamacpp()
+    sizes = bench_rollout.TINY | {"num_hidden_layers": 2, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes | bench_rollout.COMMON)).eval()
+    case = bench_rollout.Case(model, [[3, 5, 4, 9, 16, 7, 2]], 2, 8)
+    got = case.exported(**variant.function.keywords).logits(case.prompts[0])
+    with torch.no_grad():
+        want = model(torch.tensor(case.prompts)).logits[0, -1]
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_llamacpp_refuses_what_it_cannot_have(case, tmp_path):
+    llamacpp()
+    from fastrl.bench.llamacpp_peer import LlamaCpp, write
+
+    with pytest.raises(ValueError, match="300 completions at once"):
+        LlamaCpp(case.model, 3, 100, 5, 2)
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=17, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="the model is a gpt2; it may be one of llama, qwen2"):
+        write(other, tmp_path / "x.gguf", "F32")
+    config = LlamaConfig(
+        **bench_rollout.TINY | {"num_hidden_layers": 1},
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    )
+    with pytest.raises(ValueError, match="rope_type='linear' is not written"):
+        write(LlamaForCausalLM(config), tmp_path / "x.gguf", "F32")
