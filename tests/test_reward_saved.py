@@ -127,7 +127,9 @@ def test_the_command_line_takes_it(tmp_path):
     lines = (tmp_path / "scores.jsonl").read_text().splitlines()
     want = model.score(["1+2="] * 3, ["3", "4", "33"])
     assert [json.loads(line)["score"] for line in lines] == want.tolist()
-    assert "0 scores" in score("scores.jsonl", "--scheme", "nf4").output  # the same model
+    assert (
+        "0 new scores, 3 in all" in score("scores.jsonl", "--scheme", "nf4").output
+    )  # the same model
     result = score("others.jsonl", "--scheme", "int8")
     assert result.exit_code == 2 and "already, as 'nf4'" in " ".join(result.output.split())
 
