@@ -262,6 +262,18 @@ def test_dynamic_sampling_goes_on_until_groups_differ(recipe, tmp_path, monkeypa
     assert max(r["sampled_batches"] for r in rows) > 1
 
 
+def test_groups_that_never_differ_teach_nothing(recipe, tmp_path, monkeypatch):
+    (tmp_path / "flat_rewards.py").write_text(
+        "def flat(prompts, completions): return [0.0] * len(completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recipe["rewards"] = [{"function": "flat_rewards:flat"}]
+    stages = {"dapo": SAMPLED | {"dynamic_sampling": 2, "steps": 1}}
+    (row,) = steady(train.run(a_recipe(recipe, stages), tmp_path / "run"))
+    assert row["sampled_batches"] == 2 and row["zero_std_groups"] == 1
+    assert row["loss"] == row["grad_norm"] == row["skipped"] == 0
+
+
 def test_scores_are_independent_of_padding_and_read_where_they_should(model, tokenizer):
     scorer = build_scorer(model, tokenizer.pad_token_id, heads=2).eval()
     prompts = [[4, 5, 6], [7], [8, 9]]

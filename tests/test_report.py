@@ -8,8 +8,9 @@ from conftest import TINY
 from fastrl import train
 from fastrl.train import parse_config
 from fastrl.train.metrics import METRICS, entry
-from fastrl.train.recipe import load_recipe, shipped_recipes
+from fastrl.train.recipe import load_recipe
 from fastrl.train.report import explain, panels, write_report
+from fastrl.train.stages import FAMILIES
 from fastrl.train.tracking import read_jsonl
 
 STEP = {"step", "stage", "stage_step"}
@@ -39,10 +40,19 @@ def small(name):
     return parse_config(values)
 
 
-# hf_grpo wants a checkpoint from the hub; its algorithm is in `arithmetic`.
-@pytest.mark.parametrize(
-    "name", [n for n in shipped_recipes() if n not in ("hf_grpo", "imitation")]
+# At least one of each family, and of those that log something of their own.
+RECIPES = (
+    *("afd", "arithmetic", "clip_cov", "dapo", "distillation", "dpo", "gail", "iqlearn"),
+    *("iterated_dpo", "kto", "orpo", "ppo", "raft", "reward", "rpo", "spin"),
 )
+
+
+def test_recipes_of_all_families():
+    stages = [s for name in RECIPES for s in load_recipe(name).stages.values()]
+    assert {type(stage) for stage in stages} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_metric_of_the_shipped_recipes_is_explained(name, tmp_path):
     _, names = logged(small(name), tmp_path / "run")
     assert {"loss", "grad_norm", "seconds"} <= names

@@ -31,7 +31,7 @@ METRICS = {
         "least 1, or the first reward model with a `threshold` does",
         "share",
         "stages that train the policy, every `eval_every` steps",
-        "rises; noise is `sqrt(p (1 - p) / prompts)`",
+        "rises; its standard error is `sqrt(p (1 - p) / prompts)`",
     ),
     "eval/reward": Metric(
         "mean weighted reward of greedy completions of the held-out prompts",
@@ -96,7 +96,7 @@ METRICS = {
         "what the step minimised, all terms included",
         "the algorithm's",
         "all",
-        "of likelihoods, pairs and rankings falls; of policy gradients stays near 0 and says "
+        "of likelihoods, pairs and rankings falls; of policy gradients is often near 0 and says "
         "nothing about progress",
     ),
     "nll": Metric(
