@@ -105,7 +105,7 @@ EFFECTS: dict[str, Effect] = {
     ),
     "reward": Effect(
         "reward",
-        "a reward model that ranks held-out answers, and a policy that the verifier rates higher",
+        "a reward model that ranks held-out answers; without a KL a policy soon over-optimises it",
         (
             RANKED,
             CENTRE,
