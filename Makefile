@@ -45,10 +45,11 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --quiet
 
 ## Run the pages that are notebooks again and keep what they show.
-# On a quiet machine: they show times.
+# On a quiet machine: they show times. What is told of the kernel differs between machines.
 notebooks: $(VENV)/.installed-docs
 	$(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False \
-	  docs/*.ipynb
+	  --ClearMetadataPreprocessor.enabled=True \
+	  --ClearMetadataPreprocessor.clear_cell_metadata=False docs/*.ipynb
 
 ## A wheel for each of PYTHONS in dist/.
 # Tagged with the Linuxes that it runs on; with CUDA's major in its version where nvcc built kernels,

@@ -49,6 +49,8 @@ def test_outputs_are_of_one_whole_run(page):
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     for text in shown(notebook):
         assert not re.search(r"(?<![\w.])/(tmp|home|work|root|usr|var|opt)/", text), text
+        assert "\x1b" not in text, text
+    assert notebook.metadata == {"language_info": {"name": "python"}}, "make notebooks"
 
 
 @pages
