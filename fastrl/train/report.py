@@ -137,6 +137,7 @@ def draw(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     """The curve of a metric over all stages, as pixels `[H, W, 4]`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.4, 2.6), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -150,7 +151,7 @@ def draw(rows: list[dict[str, Any]], name: str) -> np.ndarray:
             axes.plot(*zip(*points, strict=True), f"C{k}", lw=1.2, marker=marker, label=stage)
     axes.set_title(name, fontsize=10)
     axes.set_xlabel("step of the run", fontsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
