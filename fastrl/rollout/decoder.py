@@ -71,6 +71,7 @@ def _linear(layer: nn.Module) -> Any:
     except ValueError as error:
         raise UnsupportedModel(str(error)) from error
     need(type(base) is nn.Linear, f"it has a projection of another type, {type(base).__name__}")
+    assert isinstance(base, nn.Linear)
     added = [module().low_rank(_matrix(a), _matrix(b), scaling) for a, b, scaling in adapters]
     return module().decode_linear(_matrix(base), added)
 
