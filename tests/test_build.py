@@ -62,7 +62,8 @@ def test_python_and_cpp_name_the_same_op_families():
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_help_says_what_every_target_does():
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line.split()[0] for line in done.stdout.splitlines()] == targets.split()
 
 

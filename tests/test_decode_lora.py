@@ -298,6 +298,7 @@ def test_what_is_not_known_is_refused():
     refuse(model, "a projection of another type, ParamWrapper")
 
 
+@pytest.mark.slow
 def test_every_instruction_set():
     code = (
         "import test_decode_lora as t\n"
