@@ -31,6 +31,23 @@ def native_engine(model, **options):
     return engine
 
 
+def steps_are_the_forwards(engine, model, truth, texts, count):
+    """Three rows behind each text, step by step; `truth` is the model itself, or in float64."""
+    branches = [engine.prefill(ids).fork() for ids in texts for _ in range(3)]
+    added = torch.tensor(prompts(*[count] * 9))
+    for token in added.T:
+        got = engine.step(branches, token)
+    for i in (0, 4, 8):
+        ids = texts[i // 3] + added[i].tolist()
+        want = forward(truth, ids)[-1]
+        error = (got[i].double() - want.double()).abs().max()
+        if model is truth:
+            assert error < 1e-5
+        else:
+            assert error <= 2 * (forward(model, ids)[-1].double() - want).abs().max() + 1e-3
+        assert engine.prefill(ids).hidden.sub(got[i]).abs().max() <= 2 * error + 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_equal_the_forward(family, dtype):
@@ -39,20 +56,7 @@ def test_hidden_states_equal_the_forward(family, dtype):
     truth = tiny_model(family).double() if dtype != torch.float32 else model
     if dtype != torch.float32:  # the same rounded weights, without rounding on the way
         truth.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-    texts = prompts(5, 1, PREFILL_ROWS + 70)
-    branches = [engine.prefill(ids).fork() for ids in texts for _ in range(3)]
-    added = torch.tensor(prompts(*[70] * 9))
-    for token in added.T:
-        got = engine.step(branches, token)
-    for i in (0, 4, 8):
-        ids = texts[i // 3] + added[i].tolist()
-        want = forward(truth, ids)[-1]
-        error = (got[i].double() - want.double()).abs().max()
-        if dtype == torch.float32:
-            assert error < 1e-5
-        else:
-            assert error <= 2 * (forward(model, ids)[-1].double() - want).abs().max() + 1e-3
-        assert engine.prefill(ids).hidden.sub(got[i]).abs().max() <= 2 * error + 1e-6
+    steps_are_the_forwards(engine, model, truth, prompts(5, 1, PREFILL_ROWS + 70), 70)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from peft import IA3Config, LoraConfig, get_peft_model
-from test_decode import forward, native_engine, prompts
+from test_decode import forward, native_engine, prompts, steps_are_the_forwards
 
 from fastrl.kernels import native
 from fastrl.models import add_lora, completion_logprobs
@@ -46,20 +46,7 @@ def test_hidden_states_equal_the_forward(family, dtype):
     if dtype != torch.float32:  # the same rounded weights, without rounding on the way
         truth = adapted(family).double()
         truth.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-    texts = prompts(5, 1, 100)
-    branches = [engine.prefill(ids).fork() for ids in texts for _ in range(3)]
-    added = torch.tensor(prompts(*[30] * 9))
-    for token in added.T:
-        got = engine.step(branches, token)
-    for i in (0, 4, 8):
-        ids = texts[i // 3] + added[i].tolist()
-        want = forward(truth, ids)[-1]
-        error = (got[i].double() - want.double()).abs().max()
-        if dtype == torch.float32:
-            assert error < 1e-5
-        else:
-            assert error <= 2 * (forward(model, ids)[-1].double() - want).abs().max() + 1e-3
-        assert engine.prefill(ids).hidden.sub(got[i]).abs().max() <= 2 * error + 1e-6
+    steps_are_the_forwards(engine, model, truth, prompts(5, 1, 100), 30)
 
 
 def test_hidden_states_are_those_of_weights_merged_by_hand():
