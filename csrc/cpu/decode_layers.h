@@ -93,10 +93,11 @@ class Decoder {
     parallel_for(lanes_.count(), threads, [&](int64_t v) {
       const float* x = x_.get() + Lanes::at(v, m_.width);
       const Vec scale = inverse_rms(x, m_.width, kPanel, m_.eps);
-      auto* to = input_.vector(v, m_.width);
-      for (int64_t k = 0; k < m_.width; k += 2) {
-        put(Kind(), to, k, normal(x, k, scale, weight), normal(x, k + 1, scale, weight));
-      }
+      input_.put_vector(v, m_.width, [&](const auto& put) {
+        for (int64_t k = 0; k < m_.width; k += 2) {
+          put(k, normal(x, k, scale, weight), normal(x, k + 1, scale, weight));
+        }
+      });
     });
   }
 
@@ -142,7 +143,7 @@ class Decoder {
       const int64_t p = task / count, depth = piece.a->depth;
       BlockProduct<typename Kind::OfFloats> product(*piece.a);
       product.take(piece.r0, static_cast<int>(std::min<int64_t>(kRows, piece.a->rows - piece.r0)));
-      product.with(from.panel(p, depth), lanes_.vectors(p), piece.to + p * piece.rank * kPanel);
+      product.with(from.panel(p, depth), piece.to + p * piece.rank * kPanel);
     });
   }
 
@@ -165,7 +166,7 @@ class Decoder {
       tasks[which].run(
           task - before[which], [&](int64_t r0, int n) { product.take(r0, n); },
           [&](int64_t r0, int n, int64_t p) {
-            product.with(input_.panel(p, m_.width), p, lanes_.vectors(p), z);
+            product.with(input_.panel(p, m_.width), p, z);
             float* to = y_.get() + (p * projected_ + first[which] + r0) * kPanel;
             for (int r = 0; r < n; ++r) {
               for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
@@ -247,11 +248,12 @@ class Decoder {
         const int64_t v = task / m_.heads, head = task % m_.heads;
         attention_.merge(v * kLanes, head, rows.get(), factors.get());
         to_lanes(row, d, kLanes, turned.get());
-        auto* to = input_.vector(v, m_.heads * d);
-        for (int64_t k = 0; k < d; k += 2) {
-          put(Kind(), to, head * d + k, load(turned.get() + k * kLanes),
-              load(turned.get() + (k + 1) * kLanes));
-        }
+        input_.put_vector(v, m_.heads * d, [&](const auto& put) {
+          for (int64_t k = 0; k < d; k += 2) {
+            put(head * d + k, load(turned.get() + k * kLanes),
+                load(turned.get() + (k + 1) * kLanes));
+          }
+        });
       }
     });
   }
@@ -267,7 +269,7 @@ class Decoder {
       tasks.run(
           task, [&](int64_t r0, int n) { product.take(r0, n); },
           [&](int64_t r0, int n, int64_t p) {
-            product.with(from.panel(p, w.depth), p, lanes_.vectors(p), z);
+            product.with(from.panel(p, w.depth), p, z);
             float* to = sum + (p * m_.width + r0) * kPanel;
             for (int r = 0; r < n; ++r) {
               for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
@@ -304,19 +306,20 @@ class Decoder {
             up.take(r0, n);
           },
           [&](int64_t r0, int n, int64_t p) {
-            const auto* from = input_.panel(p, m_.width);
-            gate.with(from, p, lanes_.vectors(p), g);
-            up.with(from, p, lanes_.vectors(p), u);
+            const auto from = input_.panel(p, m_.width);
+            gate.with(from, p, g);
+            up.with(from, p, u);
             for (int j = 0; j < lanes_.vectors(p); ++j) {
               const auto product = [&](int r) {
                 const int64_t at = r * kPanel + j * kLanes;
                 const Vec x = load(g + at);
                 return (m_.gelu ? gelu(x) : silu(x)) * load(u + at);
               };
-              auto* to = gated_.panel(p, inner_) + j * kLanes;
-              for (int r = 0; r < n; r += 2) {
-                put(Kind(), to, r0 + r, product(r), product(r + 1));
-              }
+              gated_.put_vector(p * kVectors + j, inner_, [&](const auto& put) {
+                for (int r = 0; r < n; r += 2) {
+                  put(r0 + r, product(r), product(r + 1));
+                }
+              });
             }
           });
     });

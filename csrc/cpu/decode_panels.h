@@ -44,37 +44,58 @@ struct Lanes {
   }
 };
 
-// Features k and k + 1 of a vector of rows, into panels of what a product reads.
-inline void put(Floats, float* panel, int64_t k, Vec even, Vec odd) {
-  store(panel + k * kPanel, even);
-  store(panel + (k + 1) * kPanel, odd);
+// Features k and k + 1 of a vector of rows, into a panel that a product reads.
+inline void put(Floats, float* panel, int64_t columns, int64_t k, Vec even, Vec odd) {
+  store(panel + k * columns, even);
+  store(panel + (k + 1) * columns, odd);
 }
 #ifdef FASTRL_PAIRS
-inline void put(Pairs, uint32_t* panel, int64_t k, Vec even, Vec odd) {
+inline void put(Pairs, uint32_t* panel, int64_t columns, int64_t k, Vec even, Vec odd) {
   uint16_t low[kLanes], high[kLanes];
   Pairs::keep(even, low);
   Pairs::keep(odd, high);
   const Vec pairs = Pairs::pairs(low, high);
-  std::memcpy(panel + k / 2 * kPanel, &pairs, sizeof pairs);
+  std::memcpy(panel + k / 2 * columns, &pairs, sizeof pairs);
 }
 #endif
 
-// [panel][depth / kStep][kPanel] Elements, the right-hand side of products.
+// [panel][depth / kStep][columns] Elements, the right-hand side of products.
 template <class Kind>
-struct Operand {
+class Operand {
+ public:
+  using Element = typename Kind::Element;
+
   Operand(Arena& arena, const Lanes& lanes, int64_t most)
-      : data(arena, lanes.panels() * most / Kind::kStep * kPanel) {
+      : lanes_(lanes), data_(arena, lanes.panels() * most / Kind::kStep * kPanel) {
     if (!lanes.full()) {  // lanes without a row are multiplied too: let them hold numbers
-      std::memset(data.get(), 0, lanes.panels() * most / Kind::kStep * kPanel * 4);
+      std::memset(data_.get(), 0, lanes.panels() * most / Kind::kStep * kPanel * 4);
     }
   }
-  typename Kind::Element* panel(int64_t p, int64_t depth) const {
-    return data.get() + p * (depth / Kind::kStep) * kPanel;
+
+  // The last panel has as many as it needs, but tiles are cut from whole ones.
+  int64_t columns(int64_t p) const {
+#ifdef FASTRL_TILES
+    if (std::is_same_v<Kind, Pairs>) {
+      return kPanel;
+    }
+#endif
+    return lanes_.vectors(p) * kLanes;
   }
-  typename Kind::Element* vector(int64_t v, int64_t depth) const {
-    return panel(v / kVectors, depth) + v % kVectors * kLanes;
+  PanelView<Element> panel(int64_t p, int64_t depth) const {
+    return {data_.get() + p * (depth / Kind::kStep) * kPanel, columns(p), lanes_.vectors(p)};
   }
-  Borrowed<typename Kind::Element> data;
+
+  // Calls write(put), where put(k, even, odd) keeps features k and k + 1 of vector v.
+  template <class Write>
+  void put_vector(int64_t v, int64_t depth, const Write& write) {
+    const int64_t p = v / kVectors, columns = this->columns(p);
+    Element* to = data_.get() + p * (depth / Kind::kStep) * kPanel + v % kVectors * kLanes;
+    write([&](int64_t k, Vec even, Vec odd) { put(Kind(), to, columns, k, even, odd); });
+  }
+
+ private:
+  const Lanes lanes_;
+  Borrowed<Element> data_;
 };
 
 // A vector of parameters as floats.
@@ -99,30 +120,19 @@ class Parameters {
 template <class Kind>
 class BlockProduct {
  public:
-  explicit BlockProduct(const DecodeMatrix& w)
-      : w_(w),
-        convert_(Kind::kBytes == 4 * Kind::kStep && w.type != Float::f32),
-        bias_(w.bias, w.type, w.rows),
-        scratch_(convert_ ? kBlock * w.depth : 0) {}
+  explicit BlockProduct(const DecodeMatrix& w) : w_(w), bias_(w.bias, w.type, w.rows) {}
 
   void take(int64_t r0, int n) {
     r0_ = r0;
     n_ = n;
-    const int64_t stride = w_.stride * bytes(w_.type);
-    const char* from = static_cast<const char*>(w_.weight) + r0 * stride;
-    rows_ = {from, stride};
-    if (convert_) {
-      for (int r = 0; r < n; ++r) {
-        to_floats(from + r * stride, w_.type, w_.depth, scratch_.get() + r * w_.depth);
-      }
-      rows_ = {reinterpret_cast<const char*>(scratch_.get()), w_.depth * 4};
-    }
   }
 
-  void with(const typename Kind::Element* panel, int vectors, float* z) const {
-    multiply_streamed<Kind>(rows_, n_, w_.depth / Kind::kStep, panel, vectors, z);
+  void with(const PanelView<typename Kind::Element>& panel, float* z) const {
+    const int64_t stride = w_.stride * bytes(w_.type);
+    const EvenRows rows = {static_cast<const char*>(w_.weight) + r0_ * stride, stride};
+    multiply_streamed<Kind>(rows, w_.type, n_, w_.depth / Kind::kStep, panel, z);
     if (bias_) {
-      each(vectors, [&](int r, int at) { store(z + at, load(z + at) + bias_[r0_ + r]); });
+      each(panel.vectors, [&](int r, int at) { store(z + at, load(z + at) + bias_[r0_ + r]); });
     }
   }
 
@@ -138,10 +148,7 @@ class BlockProduct {
 
  private:
   const DecodeMatrix& w_;
-  const bool convert_;
   Parameters bias_;
-  Buffer<float> scratch_;
-  EvenRows rows_ = {};
   int64_t r0_ = 0;
   int n_ = 0;
 };
@@ -163,14 +170,14 @@ class LinearProduct {
     }
   }
 
-  void with(const typename Kind::Element* panel, int64_t p, int vectors, float* z) const {
-    base_.with(panel, vectors, z);
+  void with(const PanelView<typename Kind::Element>& panel, int64_t p, float* z) const {
+    base_.with(panel, z);
     const float* low = low_ + p * rank_ * kPanel;
     for (const Addend& addend : addends_) {
       alignas(64) float y[kBlock * kPanel];
-      addend.product.with(low, vectors, y);
+      addend.product.with({low, kPanel, panel.vectors}, y);
       const float scaling = addend.adapter.scaling;
-      base_.each(vectors,
+      base_.each(panel.vectors,
                  [&](int, int at) { store(z + at, load(z + at) + load(y + at) * scaling); });
       low += addend.adapter.a.rows * kPanel;
     }

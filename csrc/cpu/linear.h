@@ -60,14 +60,20 @@ class Tokens {
 
   // Of a packed panel.
   int64_t columns(int64_t p) const {
-    return Kind::kStep == 1 && vectors(p) == 1 ? columns_of_few(in_panel(p)) : kPanel;
+    if (Kind::kStep > 1 || (panels() > 1 && vectors(p) > 1)) {
+      return kPanel;
+    }
+    return vectors(p) == 1 ? columns_of_few(in_panel(p), type()) : vectors(p) * kLanes;
   }
+
+  // Of the weight's rows as the products get them.
+  Float type() const { return Kind::kStep == 1 && panels() > 1 ? Float::f32 : a_.weight_type; }
 
   // Rows [v0, v0 + n) of the weight; as floats in `scratch` [kBlock, H] if they are not stored so
   // and more than one panel wants them.
   Rows weight_rows(int64_t v0, int n, float* scratch) const {
     const auto* weight = static_cast<const char*>(a_.weight);
-    const bool convert = Kind::kStep == 1 && a_.weight_type != Float::f32 && panels() > 1;
+    const bool convert = type() != a_.weight_type;
     const int64_t stride = a_.weight_stride * bytes(a_.weight_type);
     Rows rows;
     rows.data = convert ? reinterpret_cast<const char*>(scratch) : weight;
@@ -88,16 +94,15 @@ class Tokens {
     const Element* panel = packed_.get() + p * kPanel * steps_;
     const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
     if constexpr (Kind::kStep == 1) {
-      const Float type = panels() > 1 ? Float::f32 : a_.weight_type;
       if (vectors == 1) {  // few tokens: reading the weight is what takes time
-        multiply_few(even, type, n, steps_, panel, static_cast<int>(in_panel(p)), z);
-      } else if (type != Float::f32) {
-        multiply_converted(even, type, n, steps_, panel, vectors, z);
+        multiply_few(even, type(), n, steps_, panel, in_panel(p), z);
+      } else if (panels() == 1) {
+        multiply_streamed<Kind>(even, type(), n, steps_, {panel, columns(p), vectors}, z);
       } else {
         multiply<Kind>(rows, n, steps_, panel, vectors, z);
       }
     } else if (vectors == 1) {
-      multiply_streamed<Kind>(even, n, steps_, panel, vectors, z);
+      multiply_streamed<Kind>(even, type(), n, steps_, {panel, kPanel, vectors}, z);
     } else {
       multiply<Kind>(rows, n, steps_, panel, vectors, z);
     }

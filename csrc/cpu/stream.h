@@ -1,7 +1,7 @@
 // Products of gemm.h, bit for bit, with rows of A that lie evenly: weights, read from memory once.
-// A row is then reached from one address and multiples of the stride, which fit in registers where
-// kRows or more addresses do not, and the rows that come next are asked for ahead of time. Rows of
-// 16-bit numbers can become floats on the way, a few at a time, where the nearest cache holds them.
+// Three rows are then reached from one address, and what comes next is asked for ahead of time.
+// Rows of 16-bit numbers become floats on the way, a few at a time, where the nearest cache holds
+// them.
 #pragma once
 
 #include <type_traits>
@@ -19,16 +19,31 @@ struct EvenRows {
   int64_t stride;
 };
 
-// multiply_tile, which see; rows `ahead` further on are asked for.
+// A panel of some vectors, whose steps of depth are `columns` Elements apart. Where there are fewer
+// than kPanel, the slices that a product takes still fill the caches evenly.
+template <class Element>
+struct PanelView {
+  const Element* data;
+  int64_t columns;
+  int vectors;
+};
+
+// multiply_tile, which see. As many rows from `ahead` on are asked for, a cache line of each at a
+// time.
 template <class Kind, int R, int V>
-__attribute__((noinline)) void stream_tile(const char* a, int64_t stride, int64_t ahead,
+__attribute__((noinline)) void stream_tile(const char* a, int64_t stride, const char* ahead,
                                            int64_t steps, const typename Kind::Element* panel,
-                                           float* c, bool first) {
+                                           int64_t columns, float* c, bool first) {
   using Element = typename Kind::Element;
-  static_assert(R <= 12);
-  constexpr int64_t kLine = 64 / Kind::kBytes;
-  const int64_t three = 3 * stride, five = 5 * stride, seven = 7 * stride;
+  constexpr int kLine = 64 / Kind::kBytes;
+  constexpr int kThrees = (R + 2) / 3;  // a register for three rows
   const float* b = reinterpret_cast<const float*>(panel);
+  const char *rows[kThrees], *next[kThrees];
+#pragma GCC unroll 4
+  for (int i = 0; i < kThrees; ++i) {
+    rows[i] = a + 3 * i * stride;
+    next[i] = ahead + 3 * i * stride;
+  }
   Vec sum[R][V];  // in registers, as long as every loop over it is unrolled
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -37,38 +52,35 @@ __attribute__((noinline)) void stream_tile(const char* a, int64_t stride, int64_
       sum[r][j] = splat(0.0f);
     }
   }
-  for (int64_t k = 0; k < steps; ++k, a += Kind::kBytes, b += kPanel) {
-    if (k % kLine == 0) {
-      for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(a + (ahead + r) * stride);
-      }
-    }
+  const auto step = [&](int64_t at) {
     Vec x[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       x[j] = load(b + j * kLanes);
     }
-    const char* ninth = a + 9 * stride;
-    const char* const rows[12] = {a,
-                                  a + stride,
-                                  a + 2 * stride,
-                                  a + three,
-                                  a + 4 * stride,
-                                  a + five,
-                                  a + 2 * three,
-                                  a + seven,
-                                  a + 8 * stride,
-                                  ninth,
-                                  ninth + stride,
-                                  ninth + 2 * stride};
+    b += columns;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const auto* element = reinterpret_cast<const Element*>(rows[r]);
+      const auto* element = reinterpret_cast<const Element*>(rows[r / 3] + r % 3 * stride + at);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         sum[r][j] = Kind::multiply_add(element, x[j], sum[r][j]);
       }
     }
+  };
+  int64_t at = 0;
+  for (; at + 64 <= steps * Kind::kBytes; at += 64) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(next[r / 3] + r % 3 * stride + at, 0, 2);
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < kLine; ++k) {
+      step(at + k * Kind::kBytes);
+    }
+  }
+  for (; at < steps * Kind::kBytes; at += Kind::kBytes) {
+    step(at);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -80,93 +92,93 @@ __attribute__((noinline)) void stream_tile(const char* a, int64_t stride, int64_
   }
 }
 
-// Tiles of R rows as long as there are so many, then smaller ones.
-template <class Kind, int R, int V>
-void stream_rows(const EvenRows& a, int r, int rows, int64_t k, int64_t steps, int64_t ahead,
-                 const typename Kind::Element* panel, float* c) {
-  for (; r + R <= rows; r += R) {
-    stream_tile<Kind, R, V>(a.data + r * a.stride + k * Kind::kBytes, a.stride, ahead, steps,
-                            panel + k * kPanel, c + r * kPanel, k == 0);
-  }
-  if constexpr (R > 1) {
-    stream_rows<Kind, (R > 4 ? 4 : R / 2), V>(a, r, rows, k, steps, ahead, panel, c);
-  }
-}
-
+// A block of rows of `type` times a panel of V vectors.
 template <class Kind, int V>
-void stream_panel(const EvenRows& a, int rows, int64_t steps, const typename Kind::Element* panel,
-                  float* c) {
-  constexpr int64_t kSteps = Kind::kSteps;
-  constexpr int kTile = std::min(2 * kRows, kVectors * kRows / V);  // of rows, in the registers
-  if (V == 1) {  // few columns: each row of A streams through once
-    for (int r = 0; r < rows; r += kTile) {
-      for (int64_t k = 0; k < steps; k += kSteps) {
-        stream_rows<Kind, kTile, V>(a, r, std::min(r + kTile, rows), k, std::min(kSteps, steps - k),
-                                    kTile, panel, c);
-      }
-    }
-    return;
-  }
-  for (int64_t k = 0; k < steps; k += kSteps) {  // many: a slice of the panel stays in L1
-    stream_rows<Kind, kTile, V>(a, 0, rows, k, std::min(kSteps, steps - k), kBlock, panel, c);
-  }
-}
+class StreamedBlock {
+ public:
+  StreamedBlock(const EvenRows& a, Float type, int rows, int64_t steps,
+                const PanelView<typename Kind::Element>& panel, float* c)
+      : a_(a), type_(type), rows_(rows), steps_(steps), panel_(panel), c_(c) {}
 
-// C[rows x kPanel] = A * panel, for at most kBlock rows, with the bits of multiply. Rows beyond the
-// last one are not read.
+  void run() {
+    for (k_ = 0; k_ < steps_; k_ += Kind::kSteps) {  // a slice of the panel stays in L1
+      tiles<kTile>(0);
+    }
+  }
+
+ private:
+  static constexpr int kTile = std::min(2 * kRows, kVectors* kRows / V);  // as registers allow
+  static constexpr bool kOfFloats = Kind::kBytes == 4 * Kind::kStep;
+
+  // Tiles of R rows as long as there are so many, then smaller ones.
+  template <int R>
+  void tiles(int r) {
+    const int64_t count = std::min(Kind::kSteps, steps_ - k_);
+    const int64_t size = kOfFloats ? bytes(type_) * Kind::kStep : Kind::kBytes;
+    for (; r + R <= rows_; r += R) {
+      // Next come the rows below, or the next slice, or the next block.
+      const int64_t row = r + R < rows_ ? r + R : k_ + count < steps_ ? 0 : rows_;
+      const int64_t k = r + R < rows_ ? k_ : k_ + count < steps_ ? k_ + count : 0;
+      const char* rows = a_.data + r * a_.stride + k_ * size;
+      const char* next = a_.data + row * a_.stride + k * size;
+      int64_t stride = a_.stride;
+      if (kOfFloats && type_ != Float::f32) {
+        const int64_t n = count * Kind::kStep;
+        for (int i = 0; i < R; ++i) {
+          for (int64_t line = 0; line < n * bytes(type_); line += 64) {
+            __builtin_prefetch(next + i * a_.stride + line, 0, 2);
+          }
+          to_floats(rows + i * a_.stride, type_, n, floats_ + i * n);
+        }
+        rows = reinterpret_cast<const char*>(floats_);
+        stride = n * 4;
+        next = rows;
+      }
+      stream_tile<Kind, R, V>(rows, stride, next, count, panel_.data + k_ * panel_.columns,
+                              panel_.columns, c_ + r * kPanel, k_ == 0);
+    }
+    if constexpr (R > 1) {
+      tiles<(R > 4 ? 4 : R / 2)>(r);
+    }
+  }
+
+  const EvenRows a_;
+  const Float type_;
+  const int rows_;
+  const int64_t steps_;
+  const PanelView<typename Kind::Element> panel_;
+  float* const c_;
+  int64_t k_ = 0;
+  alignas(64) float floats_[kTile * Kind::kSteps * Kind::kStep];
+};
+
+// C[rows x kPanel] = A * panel, for at most kBlock rows of `type`, with the bits of multiply. Rows
+// beyond the last one are not read, nor written but by tiles.
 template <class Kind>
-void multiply_streamed(const EvenRows& a, int rows, int64_t steps,
-                       const typename Kind::Element* panel, int vectors, float* c) {
+void multiply_streamed(const EvenRows& a, Float type, int rows, int64_t steps,
+                       const PanelView<typename Kind::Element>& panel, float* c) {
+  bool whole = std::is_same_v<Kind, Floats> && type == Float::f32 && panel.vectors == kVectors &&
+               rows % (2 * kRows) == 0;  // enough to multiply, and more panels may follow
 #ifdef FASTRL_TILES
-  if constexpr (std::is_same_v<Kind, Pairs>) {  // tiles sum otherwise
+  whole = whole || std::is_same_v<Kind, Pairs>;  // tiles sum otherwise
+#endif
+  if (whole) {
     Rows all;
     all.data = a.data;
-    all.stride = 4;
+    all.stride = Kind::kBytes;
     for (int r = 0; r < kBlock; ++r) {
       all.row[r] = std::min(r, rows - 1) * a.stride;
     }
-    return multiply<Kind>(all, rows, steps, panel, vectors, c);
+    return multiply<Kind>(all, rows, steps, panel.data, panel.vectors, c);
   }
-#endif
-  if (vectors == 1) {
-    stream_panel<Kind, 1>(a, rows, steps, panel, c);
-  } else if (vectors == 2) {
-    stream_panel<Kind, 2>(a, rows, steps, panel, c);
-  } else if (kVectors > 3 && vectors == 3) {
-    stream_panel<Kind, std::min(3, kVectors)>(a, rows, steps, panel, c);
+  if (panel.vectors == 1) {
+    StreamedBlock<Kind, 1>(a, type, rows, steps, panel, c).run();
+  } else if (panel.vectors == 2) {
+    StreamedBlock<Kind, 2>(a, type, rows, steps, panel, c).run();
+  } else if (kVectors > 3 && panel.vectors == 3) {
+    StreamedBlock<Kind, std::min(3, kVectors)>(a, type, rows, steps, panel, c).run();
   } else {
-    stream_panel<Kind, kVectors>(a, rows, steps, panel, c);
-  }
-}
-
-template <int R, int V>
-void convert_rows(const EvenRows& a, Float type, int rows, int64_t steps, const float* panel,
-                  float* c) {
-  constexpr int64_t kSteps = Floats::kSteps;
-  alignas(64) float floats[R * kSteps];
-  for (int r0 = 0; r0 < rows; r0 += R) {
-    for (int64_t k = 0; k < steps; k += kSteps) {
-      const int64_t count = std::min(kSteps, steps - k);
-      for (int r = 0; r < R; ++r) {
-        const char* from = a.data + std::min(r0 + r, rows - 1) * a.stride + k * 2;
-        for (int64_t line = 0; line < 2 * count; line += 64) {
-          __builtin_prefetch(from + R * a.stride + line);
-        }
-        to_floats(from, type, count, floats + r * kSteps);
-      }
-      stream_tile<Floats, R, V>(reinterpret_cast<const char*>(floats), kSteps * 4, 0, count,
-                                panel + k * kPanel, c + r0 * kPanel, k == 0);
-    }
-  }
-}
-
-// The same for rows of a 16-bit type, as if they had been floats, and two vectors or more.
-inline void multiply_converted(const EvenRows& a, Float type, int rows, int64_t steps,
-                               const float* panel, int vectors, float* c) {
-  if (vectors == 2) {
-    convert_rows<kRows, 2>(a, type, rows, steps, panel, c);
-  } else {
-    convert_rows<kRows, kVectors>(a, type, rows, steps, panel, c);
+    StreamedBlock<Kind, kVectors>(a, type, rows, steps, panel, c).run();
   }
 }
 
