@@ -175,6 +175,7 @@ def triton_cost(name, capability, dtype, width, *, shared=True, softcap=False, w
         **{"M": decode.SHARED_ROWS if shared else 16, "N": decode.KEYS[max(64, wide)]},
         **{"SOFTCAP": softcap, "WINDOW": window},
     }
+    warps = decode.warps(constants["M"], wide, 4 if dtype == "fp32" else 2)
     constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
     types = dict.fromkeys(kernel.arg_names, "i32") | TYPES
     types |= dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
@@ -186,7 +187,7 @@ def triton_cost(name, capability, dtype, width, *, shared=True, softcap=False, w
         {n: types[n] for n in arguments},
         constants,
         capability=capability,
-        num_warps=4 if name == "_decode_kernel" else 1,
+        num_warps=warps if name == "_decode_kernel" else 1,
         num_stages=2,
         aligned=tuple(n for n in arguments if types[n][0] == "*" or n in ("size", "q_stride")),
     )

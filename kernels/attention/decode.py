@@ -22,6 +22,11 @@ MERGED = 16  # parts that are merged at once
 KEYS = {64: 64, 128: 32, 256: 32}  # at once, by the padded head size
 
 
+def warps(rows: int, wide: int, itemsize: int) -> int:
+    """Of a program: so many that `rows` queries of `wide` numbers stay in their registers."""
+    return 8 if rows >= SHARED_ROWS and (wide > 128 or itemsize == 4) else 4
+
+
 class Segment(NamedTuple):
     """A node: keys and values `[layers, 2, Hkv, capacity, D]` of the positions from `start` on."""
 
@@ -168,7 +173,8 @@ def decode_attention(
                 *(scale, softcap or 1.0, window),
                 **{"FIELD": field.value, "D": width, "WIDTH": wide, "SHARE": share, "M": m},
                 **{"N": KEYS[max(64, wide)], "SPLIT": SPLIT, "SOFTCAP": softcap != 0},
-                **{"WINDOW": window != 0, "WIDE": not q.is_cuda, "num_warps": 4, "num_stages": 2},
+                **{"WINDOW": window != 0, "WIDE": not q.is_cuda, "num_stages": 2},
+                num_warps=warps(m, wide, q.itemsize),
             )
         _merge_kernel[rows, heads](
             *(*workspace, values, out, size),
