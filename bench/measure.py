@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -130,6 +131,11 @@ def machine() -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def typed(arguments: list[str]) -> str:
+    """The command line of ``arguments``: files by their names, as their folders say nothing."""
+    return shlex.join(["fastrl", *(re.sub(r"[^=]*/", "", argument) for argument in arguments)])
 
 
 def commit() -> str | None:

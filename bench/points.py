@@ -239,7 +239,7 @@ def run(
     report: dict[str, Any] = {
         "fastrl": found["versions"].get("fastrl"),
         "commit": measure.commit(),
-        "command": " ".join(["fastrl", *sys.argv[1:]]),
+        "command": measure.typed(sys.argv[1:]),
         "device": options.device,
         "threads": options.threads,
         "clock": "CPU time" if options.cpu_time else "wall",

@@ -154,6 +154,11 @@ def test_work_by_hand():
     assert race.work(shape | {"workspace_mb": 60.0}, "both").operations == 3 * 512.0
 
 
+def test_a_report_names_files_without_their_folders():
+    arguments = ["bench", "scan", "--json", "/a/b/c.json", "--plot=../d.png", "--modes", "a b"]
+    assert measure.typed(arguments) == "fastrl bench scan --json c.json --plot=d.png --modes 'a b'"
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A report of a small run, as the command line writes it, and what it printed."""
