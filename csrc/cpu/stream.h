@@ -29,8 +29,9 @@ struct PanelView {
 };
 
 // multiply_tile, which see. As many rows from `ahead` on are asked for, a cache line of each at a
-// time.
-template <class Kind, int R, int V>
+// time. Where kStride is not 0, rows lie so far apart: all are reached from one address, and a
+// multiplication reads what it broadcasts.
+template <class Kind, int R, int V, int kStride>
 __attribute__((noinline)) void stream_tile(const char* a, int64_t stride, const char* ahead,
                                            int64_t steps, const typename Kind::Element* panel,
                                            int64_t columns, float* c, bool first) {
@@ -61,7 +62,8 @@ __attribute__((noinline)) void stream_tile(const char* a, int64_t stride, const 
     b += columns;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const auto* element = reinterpret_cast<const Element*>(rows[r / 3] + r % 3 * stride + at);
+      const char* row = kStride ? a + at + r * kStride : rows[r / 3] + r % 3 * stride + at;
+      const auto* element = reinterpret_cast<const Element*>(row);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         sum[r][j] = Kind::multiply_add(element, x[j], sum[r][j]);
@@ -109,6 +111,7 @@ class StreamedBlock {
  private:
   static constexpr int kTile = std::min(2 * kRows, kVectors* kRows / V);  // as registers allow
   static constexpr bool kOfFloats = Kind::kBytes == 4 * Kind::kStep;
+  static constexpr int kNear = Kind::kSteps * Kind::kBytes;  // bytes of a row in near_
 
   // Tiles of R rows as long as there are so many, then smaller ones.
   template <int R>
@@ -121,21 +124,13 @@ class StreamedBlock {
       const int64_t k = r + R < rows_ ? k_ : k_ + count < steps_ ? k_ + count : 0;
       const char* rows = a_.data + r * a_.stride + k_ * size;
       const char* next = a_.data + row * a_.stride + k * size;
-      int64_t stride = a_.stride;
-      if (kOfFloats && type_ != Float::f32) {
-        const int64_t n = count * Kind::kStep;
-        for (int i = 0; i < R; ++i) {
-          for (int64_t line = 0; line < n * bytes(type_); line += 64) {
-            __builtin_prefetch(next + i * a_.stride + line, 0, 2);
-          }
-          to_floats(rows + i * a_.stride, type_, n, floats_ + i * n);
-        }
-        rows = reinterpret_cast<const char*>(floats_);
-        stride = n * 4;
-        next = rows;
+      const bool near = kOfFloats && type_ != Float::f32;
+      for (int i = 0; near && i < R; ++i) {
+        to_floats(rows + i * a_.stride, type_, count * Kind::kStep, near_ + i * (kNear / 4));
       }
-      stream_tile<Kind, R, V>(rows, stride, next, count, panel_.data + k_ * panel_.columns,
-                              panel_.columns, c_ + r * kPanel, k_ == 0);
+      const auto run = near ? stream_tile<Kind, R, V, kNear> : stream_tile<Kind, R, V, 0>;
+      run(near ? reinterpret_cast<const char*>(near_) : rows, a_.stride, next, count,
+          panel_.data + k_ * panel_.columns, panel_.columns, c_ + r * kPanel, k_ == 0);
     }
     if constexpr (R > 1) {
       tiles<(R > 4 ? 4 : R / 2)>(r);
@@ -149,7 +144,7 @@ class StreamedBlock {
   const PanelView<typename Kind::Element> panel_;
   float* const c_;
   int64_t k_ = 0;
-  alignas(64) float floats_[kTile * Kind::kSteps * Kind::kStep];
+  alignas(64) float near_[kOfFloats ? kTile * kNear / 4 : 1];  // rows as floats
 };
 
 // C[rows x kPanel] = A * panel, for at most kBlock rows of `type`, with the bits of multiply. Rows
