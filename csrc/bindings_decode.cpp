@@ -38,8 +38,14 @@ void generate_cpu(const DecodeModel& model, const GenerateArgs& args, Scratch& s
                   int threads){FASTRL_DISPATCH(generate, model, args, scratch.arenas, threads)}
 
 DecodeMatrix decode_matrix(Address weight, int64_t rows, int64_t depth, int64_t stride,
-                           Address bias, Float type) {
-  return {pointer<const void>(weight), rows, depth, stride, pointer<const void>(bias), type};
+                           Address bias, Float type, Address scale, Address sum) {
+  return {pointer<const void>(weight),
+          rows,
+          depth,
+          stride,
+          pointer<const void>(bias),
+          type,
+          {pointer<const float>(scale), pointer<const int32_t>(sum)}};
 }
 
 LowRank low_rank(const DecodeMatrix& a, const DecodeMatrix& b, float scaling) {
@@ -60,7 +66,7 @@ DecodeLayer decode_layer(const std::array<DecodeLinear, 7>& linear,
 DecodeModel decode_model(int64_t width, int64_t heads, int64_t kv_heads, int64_t head_size,
                          Float type, Address embedding, int64_t embedding_stride,
                          float embedding_scale, Address final_norm, float eps, float norm_offset,
-                         float attention_scale, float softcap, bool gelu,
+                         float attention_scale, float softcap, bool gelu, bool int8,
                          const std::vector<DecodeLayer>& layers) {
   return {width,
           heads,
@@ -76,6 +82,7 @@ DecodeModel decode_model(int64_t width, int64_t heads, int64_t kv_heads, int64_t
           attention_scale,
           softcap,
           gelu,
+          int8,
           layers};
 }
 

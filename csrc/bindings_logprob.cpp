@@ -32,7 +32,7 @@ void linear_sample_cpu(const SampleArgs& args,
 LinearArgs linear_args(int64_t rows, int64_t width, int64_t vocab, Address index, Address hidden,
                        Float hidden_type, Address weight, Float weight_type, int64_t weight_stride,
                        Address bias, Address inv_temperature, Address target, float logit_scale,
-                       float softcap) {
+                       float softcap, Address scale, Address sum) {
   return {rows,
           width,
           vocab,
@@ -46,7 +46,8 @@ LinearArgs linear_args(int64_t rows, int64_t width, int64_t vocab, Address index
           pointer<const float>(inv_temperature),
           pointer<const int64_t>(target),
           logit_scale,
-          softcap};
+          softcap,
+          {pointer<const float>(scale), pointer<const int32_t>(sum)}};
 }
 
 Workspace workspace(int64_t limit, Address kept, int64_t kept_bytes) {

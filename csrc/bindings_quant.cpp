@@ -49,8 +49,14 @@ QuantWeight quant_weight(QuantWeight::Scheme scheme, int64_t rows, int64_t colum
 }
 
 QuantRowsArgs quant_rows_args(int64_t rows, int64_t width, Float type, Address x, Address data,
-                              Address scale) {
-  return {rows, width, type, pointer<const void>(x), pointer<int8_t>(data), pointer<float>(scale)};
+                              Address scale, Address sum) {
+  return {rows,
+          width,
+          type,
+          pointer<const void>(x),
+          pointer<int8_t>(data),
+          pointer<float>(scale),
+          pointer<int32_t>(sum)};
 }
 
 RmsnormQuantArgs rmsnorm_quant_args(const QuantRowsArgs& at, Address residual, Address new_residual,

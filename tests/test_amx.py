@@ -1,4 +1,4 @@
-"""The AMX code on a CPU without AMX: the same C++ with emulated tiles, through the ops' tests."""
+"""The AMX code on a CPU without AMX or bf16: the same C++, both emulated, in the ops' tests."""
 
 import importlib.machinery
 import shutil
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # whole models: of these bf16 alone (the second dtype), which is what tiles multiply.
 TESTS = {
     "test_attention.py": "lengths or bits or company or extreme",
-    "test_decode.py": "(hidden_states and qwen2 or bits) and dtype1",
+    "test_decode.py": "(hidden_states and qwen2 or bits) and dtype1 or int8",
+    "test_decode_int8.py": "hidden_states and (qwen2 or gemma2) and dtype0 or cache_line",
     "test_decode_lora.py": "(hidden_states and qwen2 or bits and sizes0) and dtype1",
     "test_logprob.py": "not more_logits_than_int32",
     "test_quant.py": "bits and not bitsandbytes and not instruction_set or by_hand",
@@ -28,8 +29,8 @@ TESTS = {
 def why_not() -> str | None:
     if native.why_missing:
         return native.why_missing
-    if "avx512_bf16" not in native.module().cpu_isas():
-        return "what surrounds the tiles needs AVX-512 with bf16"
+    if "avx512_vnni" not in native.module().cpu_isas():
+        return "what surrounds the tiles needs AVX-512 with VNNI"
     if shutil.which("cmake") is None and not (Path(sys.executable).parent / "cmake").exists():
         return "cmake is not installed"
     return None

@@ -83,14 +83,17 @@ def test_log_probs_equal_the_trainers(family):
     assert (again.logprob - out.untruncated_logprobs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_bits_are_its_own(dtype):
+@pytest.mark.parametrize(
+    "dtype, scheme", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
+)
+def test_a_rows_bits_are_its_own(dtype, scheme):
     model = tiny_model("gemma2", dtype)
     texts = prompts(260, 3, 33)
 
     def run(texts, size, **changes):
         options = {"max_new_tokens": 70, "seed": 5, "top_k": 20} | FREE | changes
-        out = native_engine(model).generate(texts, size, SamplingParams(**options))
+        engine = native_engine(model, scheme=scheme)
+        out = engine.generate(texts, size, SamplingParams(**options))
         return out.completion_ids, out.logprobs
 
     def same(a, b):
@@ -226,7 +229,7 @@ def test_every_instruction_set():
         "for family in ('gemma2', 'qwen3'):\n"
         "    t.test_log_probs_equal_the_trainers(family)\n"
         "t.test_hidden_states_equal_the_forward('qwen2', t.torch.bfloat16)\n"
-        "t.test_a_rows_bits_are_its_own(t.torch.bfloat16)\n"
+        "t.test_a_rows_bits_are_its_own(t.torch.bfloat16, None)\n"
         "print('as it should be')"
     )
     for isa in native.module().cpu_isas():

@@ -13,11 +13,14 @@ namespace FASTRL_ISA {
 namespace {
 
 constexpr int64_t kSmallLayer = 2 << 20;  // bytes of weights that a core keeps near
-constexpr int64_t kTogether = 8;          // steps of a part until rows are shared out again
+constexpr int64_t kStepsTogether = 8;     // steps of a part until rows are shared out again
 constexpr std::chrono::milliseconds kPatience(100);  // after which a call returns to its caller
 
 void decode_rows(const DecodeModel& model, const DecodeArgs& args, Arena& scratch, int threads) {
   scratch.reset();
+  if (model.int8) {
+    return Decoder<Int8>(model, args, scratch, threads).run();
+  }
 #ifdef FASTRL_PAIRS
   if (model.type == Float::bf16) {
     return Decoder<Pairs>(model, args, scratch, threads).run();
@@ -34,7 +37,7 @@ bool worth_splitting(const DecodeModel& model, int64_t rows, int threads) {
     weights += w->rows * w->depth;
   }
   return threads > 1 && ceil_div(rows, kLanes) >= threads &&
-         weights * bytes(model.type) <= kSmallLayer;
+         weights * (model.int8 ? 1 : bytes(model.type)) <= kSmallLayer;
 }
 
 // Where the first of `rows` of each of `parts` is, and the end: whole vectors, as evenly as that
@@ -99,7 +102,7 @@ class Generation {
       const int64_t rows = live_.size();
       const bool apart = worth_splitting(m_, rows, threads_);
       const int64_t parts = apart ? ceil_div(ceil_div(rows, kPanel), threads_) * threads_ : 1;
-      const int64_t steps = apart ? std::min(kTogether, a_.steps - done) : 1;
+      const int64_t steps = apart ? std::min(kStepsTogether, a_.steps - done) : 1;
       const std::vector<int64_t> cuts = split(rows, parts);
       make_room(scratch_, parts);
       std::vector<std::vector<int64_t>> left(parts);

@@ -24,6 +24,7 @@ struct DecodeMatrix {
   int64_t rows, depth, stride;
   const void* bias;  // [rows] or null
   Float type;        // of both
+  Int8Rows int8;     // of the weight, where it is
 };
 
 // scaling * b(a(x)), whose types may differ from the model's.
@@ -32,7 +33,7 @@ struct LowRank {
   float scaling;
 };
 
-// y = weight x + bias, in the model's type, and what each adapter adds.
+// y = weight x + bias, in the model's type (or int8), and what each adapter adds.
 struct DecodeLinear : DecodeMatrix {
   std::vector<LowRank> adapters;
 
@@ -63,6 +64,7 @@ struct DecodeModel {
   float eps, norm_offset;
   float attention_scale, softcap;  // of scores; softcap 0 for none
   bool gelu;                       // act is GELU by tanh, else SiLU
+  bool int8;                       // layers' products, but adapters', and their weights
   std::vector<DecodeLayer> layers;
 };
 

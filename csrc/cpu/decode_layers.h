@@ -4,13 +4,13 @@
 #pragma once
 
 #include "decode_attention.h"
+#include "decode_bytes.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kWorthWaking = 64 << 10;     // numbers to normalize, for another thread to help
-constexpr int64_t kWorthReducing = 256 << 10;  // multiplications of adapters, likewise
+constexpr int64_t kWorthReducing = 256 << 10;  // multiplications of adapters, for more threads
 
 template <class Kind>
 class Decoder {
@@ -93,12 +93,12 @@ class Decoder {
     parallel_for(lanes_.count(), threads, [&](int64_t v) {
       const float* x = x_.get() + Lanes::at(v, m_.width);
       const Vec scale = inverse_rms(x, m_.width, kPanel, m_.eps);
-      input_.put_vector(v, m_.width, [&](const auto& put) {
-        for (int64_t k = 0; k < m_.width; k += 2) {
-          put(k, normal(x, k, scale, weight), normal(x, k + 1, scale, weight));
-        }
-      });
+      const auto put = input_.vector(v, m_.width);
+      for (int64_t k = 0; k < m_.width; k += 2) {
+        put(k, normal(x, k, scale, weight), normal(x, k + 1, scale, weight));
+      }
     });
+    input_.complete(m_.width, threads_);
   }
 
   Vec normal(const float* x, int64_t k, Vec scale, const Parameters& weight) const {
@@ -143,7 +143,7 @@ class Decoder {
       const int64_t p = task / count, depth = piece.a->depth;
       BlockProduct<typename Kind::OfFloats> product(*piece.a);
       product.take(piece.r0, static_cast<int>(std::min<int64_t>(kRows, piece.a->rows - piece.r0)));
-      product.with(from.panel(p, depth), piece.to + p * piece.rank * kPanel);
+      product.with(from.unrounded(p, depth), piece.to + p * piece.rank * kPanel);
     });
   }
 
@@ -248,14 +248,13 @@ class Decoder {
         const int64_t v = task / m_.heads, head = task % m_.heads;
         attention_.merge(v * kLanes, head, rows.get(), factors.get());
         to_lanes(row, d, kLanes, turned.get());
-        input_.put_vector(v, m_.heads * d, [&](const auto& put) {
-          for (int64_t k = 0; k < d; k += 2) {
-            put(head * d + k, load(turned.get() + k * kLanes),
-                load(turned.get() + (k + 1) * kLanes));
-          }
-        });
+        const auto put = input_.vector(v, m_.heads * d);
+        for (int64_t k = 0; k < d; k += 2) {
+          put(head * d + k, load(turned.get() + k * kLanes), load(turned.get() + (k + 1) * kLanes));
+        }
       }
     });
+    input_.complete(m_.heads * d, threads_);
   }
 
   // x_ += norm(weight from), or without a norm.
@@ -315,14 +314,14 @@ class Decoder {
                 const Vec x = load(g + at);
                 return (m_.gelu ? gelu(x) : silu(x)) * load(u + at);
               };
-              gated_.put_vector(p * kVectors + j, inner_, [&](const auto& put) {
-                for (int r = 0; r < n; r += 2) {
-                  put(r0 + r, product(r), product(r + 1));
-                }
-              });
+              const auto put = gated_.vector(p * kVectors + j, inner_);
+              for (int r = 0; r < n; r += 2) {
+                put(r0 + r, product(r), product(r + 1));
+              }
             }
           });
     });
+    gated_.complete(inner_, threads_);
   }
 
   void end() {

@@ -14,6 +14,8 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
+constexpr int64_t kWorthWaking = 64 << 10;  // numbers to look at, for another thread to help
+
 // n of an arena, until it is reset; nobody has written them.
 template <class T>
 class Borrowed {
@@ -59,11 +61,22 @@ inline void put(Pairs, uint32_t* panel, int64_t columns, int64_t k, Vec even, Ve
 }
 #endif
 
+// task(r, at) for the vectors of a block of n rows: of its row r, and where they are in it.
+template <class Task>
+void each_vector(int n, int vectors, const Task& task) {
+  for (int r = 0; r < n; ++r) {
+    for (int j = 0; j < vectors; ++j) {
+      task(r, r * kPanel + j * kLanes);
+    }
+  }
+}
+
 // [panel][depth / kStep][columns] Elements, the right-hand side of products.
 template <class Kind>
 class Operand {
  public:
   using Element = typename Kind::Element;
+  using Panel = PanelView<Element>;
 
   Operand(Arena& arena, const Lanes& lanes, int64_t most)
       : lanes_(lanes), data_(arena, lanes.panels() * most / Kind::kStep * kPanel) {
@@ -81,19 +94,27 @@ class Operand {
 #endif
     return lanes_.vectors(p) * kLanes;
   }
-  PanelView<Element> panel(int64_t p, int64_t depth) const {
-    return {data_.get() + p * (depth / Kind::kStep) * kPanel, columns(p), lanes_.vectors(p)};
+  Panel panel(int64_t p, int64_t depth) const {
+    return {start(p, depth), columns(p), lanes_.vectors(p)};
+  }
+  // What products of Kind::OfFloats read.
+  Panel unrounded(int64_t p, int64_t depth) const { return panel(p, depth); }
+
+  // put(k, even, odd), which keeps features k and k + 1 of vector v.
+  auto vector(int64_t v, int64_t depth) const {
+    const int64_t p = v / kVectors, columns = this->columns(p);
+    Element* const to = start(p, depth) + v % kVectors * kLanes;
+    return [=](int64_t k, Vec even, Vec odd) { put(Kind(), to, columns, k, even, odd); };
   }
 
-  // Calls write(put), where put(k, even, odd) keeps features k and k + 1 of vector v.
-  template <class Write>
-  void put_vector(int64_t v, int64_t depth, const Write& write) {
-    const int64_t p = v / kVectors, columns = this->columns(p);
-    Element* to = data_.get() + p * (depth / Kind::kStep) * kPanel + v % kVectors * kLanes;
-    write([&](int64_t k, Vec even, Vec odd) { put(Kind(), to, columns, k, even, odd); });
-  }
+  // All features of all rows are there.
+  void complete(int64_t, int) const {}
 
  private:
+  Element* start(int64_t p, int64_t depth) const {
+    return data_.get() + p * (depth / Kind::kStep) * kPanel;
+  }
+
   const Lanes lanes_;
   Borrowed<Element> data_;
 };
@@ -116,11 +137,26 @@ class Parameters {
   const float* data_;
 };
 
+// A vector of parameters or nothing, added to blocks of as many rows.
+class Bias {
+ public:
+  explicit Bias(const DecodeMatrix& w) : bias_(w.bias, w.type, w.rows) {}
+
+  void add(int64_t r0, int n, int vectors, float* z) const {
+    if (bias_) {
+      each_vector(n, vectors, [&](int r, int at) { store(z + at, load(z + at) + bias_[r0 + r]); });
+    }
+  }
+
+ private:
+  const Parameters bias_;
+};
+
 // A block of rows of a matrix times a panel, z[kBlock, kPanel].
 template <class Kind>
 class BlockProduct {
  public:
-  explicit BlockProduct(const DecodeMatrix& w) : w_(w), bias_(w.bias, w.type, w.rows) {}
+  explicit BlockProduct(const DecodeMatrix& w) : w_(w), bias_(w) {}
 
   void take(int64_t r0, int n) {
     r0_ = r0;
@@ -131,24 +167,12 @@ class BlockProduct {
     const int64_t stride = w_.stride * bytes(w_.type);
     const EvenRows rows = {static_cast<const char*>(w_.weight) + r0_ * stride, stride};
     multiply_streamed<Kind>(rows, w_.type, n_, w_.depth / Kind::kStep, panel, z);
-    if (bias_) {
-      each(panel.vectors, [&](int r, int at) { store(z + at, load(z + at) + bias_[r0_ + r]); });
-    }
-  }
-
-  // task(r, at) for the vectors of a block: of its row r, and where they are in z.
-  template <class Task>
-  void each(int vectors, const Task& task) const {
-    for (int r = 0; r < n_; ++r) {
-      for (int j = 0; j < vectors; ++j) {
-        task(r, r * kPanel + j * kLanes);
-      }
-    }
+    bias_.add(r0_, n_, panel.vectors, z);
   }
 
  private:
   const DecodeMatrix& w_;
-  Parameters bias_;
+  const Bias bias_;
   int64_t r0_ = 0;
   int n_ = 0;
 };
@@ -164,21 +188,22 @@ class LinearProduct {
   }
 
   void take(int64_t r0, int n) {
+    n_ = n;
     base_.take(r0, n);
     for (Addend& addend : addends_) {
       addend.product.take(r0, n);
     }
   }
 
-  void with(const PanelView<typename Kind::Element>& panel, int64_t p, float* z) const {
+  void with(const typename Operand<Kind>::Panel& panel, int64_t p, float* z) const {
     base_.with(panel, z);
     const float* low = low_ + p * rank_ * kPanel;
     for (const Addend& addend : addends_) {
       alignas(64) float y[kBlock * kPanel];
       addend.product.with({low, kPanel, panel.vectors}, y);
       const float scaling = addend.adapter.scaling;
-      base_.each(panel.vectors,
-                 [&](int, int at) { store(z + at, load(z + at) + load(y + at) * scaling); });
+      each_vector(n_, panel.vectors,
+                  [&](int, int at) { store(z + at, load(z + at) + load(y + at) * scaling); });
       low += addend.adapter.a.rows * kPanel;
     }
   }
@@ -194,6 +219,7 @@ class LinearProduct {
   const int64_t rank_;
   BlockProduct<Kind> base_;
   std::list<Addend> addends_;
+  int n_ = 0;
 };
 
 // Runs over blocks of `rows` rows of a weight and panels: task(first row, rows, first panel,

@@ -85,7 +85,7 @@ bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx
 
 bool has_amx() {
 #ifdef FASTRL_EMULATE_AMX
-  return has_avx512_bf16();
+  return has_avx512_vnni();
 #else
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) {

@@ -34,9 +34,46 @@ inline int vectors_of(int64_t tokens) {
   return n > 2 ? kVectors : n;
 }
 
-// The tokens [first, first + count) of a problem, packed for products with rows of the weight.
+// The tokens [first, first + count) of a problem, in panels.
+class TokenRange {
+ public:
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+  int64_t panels() const { return ceil_div(count_, kPanel); }
+  int64_t in_panel(int64_t p) const { return std::min<int64_t>(kPanel, count_ - p * kPanel); }
+  int vectors(int64_t p) const { return vectors_of(in_panel(p)); }
+
+ protected:
+  void take(int64_t first, int64_t count) {
+    first_ = first;
+    count_ = count;
+  }
+
+ private:
+  int64_t first_ = 0, count_ = 0;
+};
+
+// Logits of a block, z[kBlock, kPanel], before the temperature, from what the products left there.
+inline void to_logits(const LinearArgs& a, int64_t v0, int n, int vectors, float* z) {
+  if (!a.bias && a.logit_scale == 1.0f && a.softcap <= 0.0f) {
+    return;
+  }
+  for (int r = 0; r < n; ++r) {
+    const float bias = a.bias ? a.bias[v0 + r] : 0.0f;
+    for (int j = 0; j < vectors; ++j) {
+      float* at = z + r * kPanel + j * kLanes;
+      Vec x = (load(at) + bias) * a.logit_scale;
+      if (a.softcap > 0.0f) {
+        x = a.softcap * tanh(x / a.softcap);
+      }
+      store(at, x);
+    }
+  }
+}
+
+// Packed for products with rows of the weight.
 template <class Kind>
-class Tokens {
+class Tokens : public TokenRange {
  public:
   using Element = typename Kind::Element;
 
@@ -46,17 +83,9 @@ class Tokens {
         packed_(round_up(capacity, kPanel) * steps_) {}
 
   void pack(int64_t first, int64_t count, int threads) {
-    first_ = first;
-    count_ = count;
+    take(first, count);
     parallel_for(panels(), threads, [&](int64_t p) { pack_panel(p); });
   }
-
-  int64_t first() const { return first_; }
-  int64_t count() const { return count_; }
-  int64_t panels() const { return ceil_div(count_, kPanel); }
-  int64_t in_panel(int64_t p) const { return std::min<int64_t>(kPanel, count_ - p * kPanel); }
-
-  int vectors(int64_t p) const { return vectors_of(in_panel(p)); }
 
   // Of a packed panel.
   int64_t columns(int64_t p) const {
@@ -106,20 +135,7 @@ class Tokens {
     } else {
       multiply<Kind>(rows, n, steps_, panel, vectors, z);
     }
-    if (!a_.bias && a_.logit_scale == 1.0f && a_.softcap <= 0.0f) {
-      return;
-    }
-    for (int r = 0; r < n; ++r) {
-      const float bias = a_.bias ? a_.bias[v0 + r] : 0.0f;
-      for (int j = 0; j < vectors; ++j) {
-        float* at = z + r * kPanel + j * kLanes;
-        Vec x = (load(at) + bias) * a_.logit_scale;
-        if (a_.softcap > 0.0f) {
-          x = a_.softcap * tanh(x / a_.softcap);
-        }
-        store(at, x);
-      }
-    }
+    to_logits(a_, v0, n, vectors, z);
   }
 
  private:
@@ -130,7 +146,7 @@ class Tokens {
     for (int64_t i = 0; i < columns; ++i) {
       auto* elements = reinterpret_cast<Element*>(row.get());
       if (i < in_panel(p)) {
-        const int64_t at = a_.row(first_ + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
+        const int64_t at = a_.row(first() + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
         const char* from = static_cast<const char*>(a_.hidden) + at;
         if constexpr (Kind::kStep == 1) {
           to_floats(from, a_.hidden_type, a_.width, elements);
@@ -147,7 +163,7 @@ class Tokens {
   }
 
   const LinearArgs& a_;
-  int64_t steps_, first_ = 0, count_ = 0;
+  const int64_t steps_;
   Buffer<Element> packed_;
 };
 

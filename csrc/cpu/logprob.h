@@ -24,6 +24,7 @@ struct LinearArgs {
   const int64_t* target;         // [...], each in [0, V)
   float logit_scale;
   float softcap;  // 0 for none
+  Int8Rows int8;  // of the weight, where it is; for linear_sample
 
   int64_t row(int64_t t) const { return index ? index[t] : t; }
 };

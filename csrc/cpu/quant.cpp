@@ -176,7 +176,11 @@ int64_t rows_in_block(const QuantLinearArgs& a, int threads) {
 void quantize_rows(const QuantRowsArgs& a, int threads) {
   for_rows(a.rows, a.width, 1, threads, [&](float* x, float*, int64_t r) {
     to_floats(row_of(a.x, a.type, a.width, r), a.type, a.width, x);
-    a.scale[r] = quantize_row(x, a.width, a.data + r * a.width);
+    int8_t* to = a.data + r * a.width;
+    a.scale[r] = quantize_row(x, a.width, to);
+    if (a.sum) {
+      a.sum[r] = std::accumulate(to, to + a.width, int32_t{0});
+    }
   });
 }
 

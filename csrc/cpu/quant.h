@@ -32,6 +32,7 @@ struct QuantRowsArgs {
   const void* x;
   int8_t* data;
   float* scale;
+  int32_t* sum;  // [rows] of their integers, or null
 };
 
 struct RmsnormQuantArgs {

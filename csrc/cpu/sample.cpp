@@ -11,6 +11,7 @@
 // Ties go to the first entry.
 #include "sample.h"
 
+#include "linear_bytes.h"
 #include "running.h"
 #include "truncate.h"
 
@@ -248,6 +249,9 @@ class Sampler {
 
 void linear_sample(const SampleArgs& args, int threads) {
   threads = worth_waking(args.linear, threads);
+  if (args.linear.int8.scale) {
+    return Sampler<Int8>(args, threads).run();
+  }
 #ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
     return Sampler<Pairs>(args, threads).run();

@@ -10,7 +10,9 @@
 #include <limits>
 #include <utility>
 
-#if defined(__x86_64__)
+#if defined(FASTRL_EMULATE_AMX)
+#include "emulated_bf16.h"  // the tests', for machines without these instructions
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #endif
 

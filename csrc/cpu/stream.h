@@ -1,7 +1,7 @@
 // Products of gemm.h, bit for bit, with rows of A that lie evenly: weights, read from memory once.
 // Three rows are then reached from one address, and what comes next is asked for ahead of time.
 // Rows of 16-bit numbers become floats on the way, a few at a time, where the nearest cache holds
-// them.
+// them. A Kind's sums may be integers as well, whose bits Vec then holds.
 #pragma once
 
 #include <type_traits>
@@ -27,6 +27,23 @@ struct PanelView {
   int64_t columns;
   int vectors;
 };
+
+// Sums of two slices of depth.
+template <class Kind>
+inline Vec add(Kind, Vec a, Vec b) {
+  return a + b;
+}
+
+// Bytes of a step of depth where rows of A are stored; they are widened if those are not kBytes.
+template <class Kind>
+inline int64_t stored_bytes(Kind, Float type) {
+  return Kind::kBytes == 4 * Kind::kStep ? bytes(type) * Kind::kStep : Kind::kBytes;
+}
+
+template <class Kind>
+inline void widen(Kind, const char* from, Float type, int64_t steps, char* to) {
+  to_floats(from, type, steps * Kind::kStep, reinterpret_cast<float*>(to));
+}
 
 // multiply_tile, which see. As many rows from `ahead` on are asked for, a cache line of each at a
 // time. Where kStride is not 0, rows lie so far apart: all are reached from one address, and a
@@ -89,7 +106,7 @@ __attribute__((noinline)) void stream_tile(const char* a, int64_t stride, const 
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       float* to = c + r * kPanel + j * kLanes;
-      store(to, first ? sum[r][j] : load(to) + sum[r][j]);
+      store(to, first ? sum[r][j] : add(Kind(), load(to), sum[r][j]));
     }
   }
 }
@@ -110,27 +127,26 @@ class StreamedBlock {
 
  private:
   static constexpr int kTile = std::min(2 * kRows, kVectors* kRows / V);  // as registers allow
-  static constexpr bool kOfFloats = Kind::kBytes == 4 * Kind::kStep;
   static constexpr int kNear = Kind::kSteps * Kind::kBytes;  // bytes of a row in near_
 
   // Tiles of R rows as long as there are so many, then smaller ones.
   template <int R>
   void tiles(int r) {
     const int64_t count = std::min(Kind::kSteps, steps_ - k_);
-    const int64_t size = kOfFloats ? bytes(type_) * Kind::kStep : Kind::kBytes;
+    const int64_t size = stored_bytes(Kind(), type_);
     for (; r + R <= rows_; r += R) {
       // Next come the rows below, or the next slice, or the next block.
       const int64_t row = r + R < rows_ ? r + R : k_ + count < steps_ ? 0 : rows_;
       const int64_t k = r + R < rows_ ? k_ : k_ + count < steps_ ? k_ + count : 0;
       const char* rows = a_.data + r * a_.stride + k_ * size;
       const char* next = a_.data + row * a_.stride + k * size;
-      const bool near = kOfFloats && type_ != Float::f32;
+      const bool near = size != Kind::kBytes;
       for (int i = 0; near && i < R; ++i) {
-        to_floats(rows + i * a_.stride, type_, count * Kind::kStep, near_ + i * (kNear / 4));
+        widen(Kind(), rows + i * a_.stride, type_, count, near_ + i * kNear);
       }
       const auto run = near ? stream_tile<Kind, R, V, kNear> : stream_tile<Kind, R, V, 0>;
-      run(near ? reinterpret_cast<const char*>(near_) : rows, a_.stride, next, count,
-          panel_.data + k_ * panel_.columns, panel_.columns, c_ + r * kPanel, k_ == 0);
+      run(near ? near_ : rows, a_.stride, next, count, panel_.data + k_ * panel_.columns,
+          panel_.columns, c_ + r * kPanel, k_ == 0);
     }
     if constexpr (R > 1) {
       tiles<(R > 4 ? 4 : R / 2)>(r);
@@ -144,7 +160,7 @@ class StreamedBlock {
   const PanelView<typename Kind::Element> panel_;
   float* const c_;
   int64_t k_ = 0;
-  alignas(64) float near_[kOfFloats ? kTile * kNear / 4 : 1];  // rows as floats
+  alignas(64) char near_[kTile * kNear];  // rows, widened
 };
 
 // C[rows x kPanel] = A * panel, for at most kBlock rows of `type`, with the bits of multiply. Rows

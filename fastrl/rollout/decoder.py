@@ -16,15 +16,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fastrl.kernels import Samples
 from fastrl.kernels.checks import FLOATS
-from fastrl.kernels.logprob.cpu import Drawing
+from fastrl.kernels.logprob.cpu import Drawing, sample
 from fastrl.kernels.logprob.draws import Draws
 from fastrl.kernels.logprob.parallel import is_dtensor
-from fastrl.kernels.native import module, pointer, threads, unavailable
-from fastrl.models.adapters import low_rank
-from fastrl.models.head import LmHead, unwrap
+from fastrl.kernels.native import float_kind, module, pointer, threads, unavailable
+from fastrl.kernels.quant.cpu import Int8Rows
+from fastrl.models.adapters import LowRank, low_rank
+from fastrl.models.head import LmHead, lm_head, unwrap
 from fastrl.rollout.cache import CHUNK, Branch, Layout, Node
-from fastrl.rollout.generation import Drawn, Turn
+from fastrl.rollout.generation import Drawn, Turn, draw
+from fastrl.rollout.int8 import Int8Linears
+from fastrl.rollout.sampling import SamplingParams
 
 FAMILIES = (
     LlamaForCausalLM,
@@ -54,26 +58,46 @@ def reads_head(head: LmHead) -> bool:
     return head.weight.dtype in FLOATS and not any(map(is_dtensor, parts))
 
 
-def _float(dtype: torch.dtype) -> Any:
-    return getattr(module().Float, str(dtype).removeprefix("torch."))
-
-
-def _matrix(m: nn.Linear) -> Any:
-    w = m.weight
+def _matrix(m: nn.Linear, int8: Int8Rows | None = None) -> Any:
+    weight, scale, sums = int8 or (m.weight, None, None)
     return module().decode_matrix(
-        pointer(w), *w.shape, w.stride(0), pointer(m.bias), _float(w.dtype)
+        pointer(weight),
+        *m.weight.shape,
+        weight.stride(0),
+        pointer(m.bias),
+        float_kind(m.weight.dtype),
+        pointer(scale),
+        pointer(sums),
     )
 
 
-def _linear(layer: nn.Module) -> Any:
+def _draws(
+    hidden: Tensor, head: LmHead, sampling: SamplingParams, seeds: Tensor, positions: Tensor
+) -> Draws:
+    return Draws(
+        hidden,
+        head.weight.detach(),
+        seeds,
+        positions,
+        head.bias,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        head.softcap or 0.0,
+        head.logit_scale,
+        "cpu",
+    )
+
+
+def _base(layer: nn.Module) -> tuple[nn.Linear, list[LowRank]]:
     try:
         base, adapters = low_rank(layer)
     except ValueError as error:
         raise UnsupportedModel(str(error)) from error
     need(type(base) is nn.Linear, f"it has a projection of another type, {type(base).__name__}")
     assert isinstance(base, nn.Linear)
-    added = [module().low_rank(_matrix(a), _matrix(b), scaling) for a, b, scaling in adapters]
-    return module().decode_linear(_matrix(base), added)
+    return base, adapters
 
 
 def _scaling(config: Any, head_size: int) -> float:
@@ -84,11 +108,13 @@ def _scaling(config: Any, head_size: int) -> float:
 class Decoder:
     """A causal LM's layers on the CPU, on its own parameters and those of its LoRA adapters.
 
+    With `int8` its projections, but adapters, and its lm-head are multiplied as they are copied
+    there.
     Raises `UnsupportedModel` for what it does not know. It holds addresses of parameters and what
     adapters there are, so it has to be made anew where the `places` of `fingerprint` change.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, int8: Int8Linears | None = None):
         model = unwrap(model)
         need(type(model) in FAMILIES, f"{type(model).__name__} is not one of the known families")
         self._inner = model.get_decoder()  # type: ignore[operator]
@@ -123,13 +149,18 @@ class Decoder:
         self._angles = (torch.empty(0), torch.empty(0))
         self._grow_angles(1)
         scale = getattr(embedding, "scalar_embed_scale", 1.0)
+        self._int8 = int8
+        self._head: Int8Rows | None = None
+        if int8:
+            need(reads_head(lm_head(model)), "its lm-head is of another type")
+            self._head = int8.copy(model.get_output_embeddings(), "lm_head")  # type: ignore[operator]
         native = module()
         self._model = native.decode_model(
             c.hidden_size,
             c.num_attention_heads,
             self.kv_heads,
             self.head_size,
-            _float(self._dtype),
+            float_kind(self._dtype),
             pointer(embedding.weight),
             embedding.weight.stride(0),
             torch.tensor(scale).to(self._dtype).item(),
@@ -139,14 +170,15 @@ class Decoder:
             _scaling(c, self.head_size),
             getattr(c, "attn_logit_softcapping", None) or 0.0,
             ACTIVATIONS[activation],
-            [self._layer(layer) for layer in self._layers],
+            int8 is not None,
+            [self._layer(i, layer) for i, layer in enumerate(self._layers)],
         )
 
-    def _layer(self, layer: Any):
+    def _layer(self, i: int, layer: Any):
         attention, mlp = layer.self_attn, layer.mlp
         linears = [
-            *(getattr(attention, f"{name}_proj") for name in "qkvo"),
-            *(getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")),
+            *(self._linear(attention, f"{name}_proj", f"layers.{i}.self_attn") for name in "qkvo"),
+            *(self._linear(mlp, f"{n}_proj", f"layers.{i}.mlp") for n in ("gate", "up", "down")),
         ]
         # Gemma 2 calls the norm before its MLP differently, and has one after attention and MLP.
         extra = hasattr(layer, "pre_feedforward_layernorm")
@@ -162,10 +194,17 @@ class Decoder:
         if not hasattr(attention, "sliding_window"):  # Mistral has it for all layers
             window = getattr(self._config, "sliding_window", None)
         return module().decode_layer(
-            [_linear(m) for m in linears],
+            linears,
             [0 if n is None else pointer(n.weight) for n in norms],
             window or 0,
         )
+
+    def _linear(self, parent: nn.Module, name: str, where: str):
+        base, adapters = _base(getattr(parent, name))
+        native = module()
+        added = [native.low_rank(_matrix(a), _matrix(b), scaling) for a, b, scaling in adapters]
+        int8 = self._int8.copy(base, f"{where}.{name}") if self._int8 else None
+        return native.decode_linear(_matrix(base, int8), added)
 
     def _grow_angles(self, positions: int) -> None:
         if len(self._angles[0]) >= positions:
@@ -236,24 +275,11 @@ class Decoder:
         tokens `[M]` int64 are to be read first, at positions `[M]` int64; None where the rows begin
         with `hidden` `[M, H]`. Returns early after about a tenth of a second.
         """
-        sampling, head = turn.sampling, turn.head
         drawing = Drawing.of(
-            Draws(
-                hidden,
-                head.weight.detach(),
-                turn.seeds,
-                turn.positions,
-                head.bias,
-                sampling.temperature,
-                sampling.top_k,
-                sampling.top_p,
-                sampling.min_p,
-                head.softcap or 0.0,
-                head.logit_scale,
-                "cpu",
-            ),
+            _draws(hidden, turn.head, turn.sampling, turn.seeds, turn.positions),
             len(positions),
             steps,
+            int8=self._head,
         )
         stops, count = torch.tensor(turn.stops, dtype=torch.int64), torch.empty_like(positions)
         native = module()
@@ -271,6 +297,14 @@ class Decoder:
         made = int(count.max())
         token, logprob, untruncated = (x[:, :made] for x in drawing[2:])
         return Drawn(token, logprob, untruncated, count)
+
+    def draw(
+        self, hidden: Tensor, head: LmHead, sampling: SamplingParams, seeds: Tensor, at: Tensor
+    ) -> Samples:
+        """A token for each hidden state `[M, H]`; seeds and positions `at` `[M]` decide it."""
+        if self._head is None:
+            return draw(hidden, head, sampling, seeds, at)
+        return Samples(*sample(_draws(hidden, head, sampling, seeds, at), self._head))
 
     def place(self, branches: Sequence[Branch]) -> tuple[Layout, Tensor]:
         """Where the next token of each branch goes; room is made for it."""

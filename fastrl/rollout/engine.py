@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fastrl.rollout.cache import Branch
 from fastrl.rollout.decoder import Decoder, UnsupportedModel
 from fastrl.rollout.device import DeviceDecoder
 from fastrl.rollout.huggingface import HuggingFaceRows
+from fastrl.rollout.int8 import Int8Linears
 from fastrl.rollout.native import CpuRows, Decodes, NativeRows
 from fastrl.rollout.request import Prompts, check_prompts, check_request, context_length, encode
 from fastrl.rollout.sampling import GroupStop, Rollouts, SamplingParams
@@ -35,6 +37,14 @@ class RolloutEngine:
     are switched, scaled, disabled or merged; writes past autograd, such as to `parameter.data`,
     need `weights_changed`. At most `max_rows` completions are decoded at a time; where some end,
     waiting groups take their places.
+
+    scheme="int8" (on a CPU, for models that decode natively) takes the products of the projections
+    and of the lm-head in int8, as `quantized_linear` does: each row of a weight and each row of
+    activations has its scale. Log-probs are those of the model so rounded, which is what was
+    sampled from; the trainer's differ, and `losses.mismatch_weights` corrects for that. It keeps
+    int8 copies of these weights, `int8_nbytes` in all, quantized again when the weights change.
+    Embedding, norms, attention and adapters are as without it. Raises `ValueError` for another
+    scheme or a model that cannot have it.
     """
 
     def __init__(
@@ -43,16 +53,22 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_rows: int = 256,
+        scheme: Literal["int8"] | None = None,
     ):
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows} must be at least 1")
+        if scheme not in (None, "int8"):
+            raise ValueError(f"scheme={scheme!r} is unknown; use 'int8' or None")
         self.model = model
         self.tokenizer = tokenizer
         self.max_rows = max_rows
+        self.scheme = scheme
         self.fallback_reason: str | None = None
         self._version = WeightVersion(model)
         self._made_for: tuple | None = None  # parameters' addresses and adapters: _decoder's
         self._decoder: Decodes | None = None
+        self._int8: Int8Linears | None = None
+        self._changed = False  # weights, unnoticed, since they were quantized
 
     @property
     def weight_version(self) -> int:
@@ -62,29 +78,49 @@ class RolloutEngine:
     def weights_changed(self) -> None:
         """Note that the model's parameters were updated."""
         self._version.changed()
+        self._changed = True
+
+    @property
+    def int8_nbytes(self) -> int:
+        """Bytes of int8 copies of weights, none before the first use."""
+        return self._int8.nbytes if self._int8 else 0
 
     @torch.no_grad()
     def _find_decoder(self) -> Decodes | None:
         """The native decoder of the model as it is now, or None."""
-        places = self._version.places()
-        if places == self._made_for:
-            return self._decoder
+        if (places := self._version.places()) != self._made_for:
+            self._make_decoder(places)
+        if self._int8 is not None:
+            self._int8.refresh(self._changed)
+            self._changed = False
+        return self._decoder
+
+    def _make_decoder(self, places: tuple) -> None:
         warned = self.fallback_reason is not None
-        self._made_for, self._decoder, self.fallback_reason = places, None, None
+        self._made_for = self._decoder = self._int8 = self.fallback_reason = None
+        on_cpu = self._device().type == "cpu"
+        if self.scheme and not on_cpu:
+            raise ValueError(f"scheme={self.scheme!r} needs a CPU; the model is on {self._device()}")
         try:
-            kind = Decoder if self._device().type == "cpu" else DeviceDecoder
-            decoder: Decodes = kind(self.model)
+            decoder: Decodes = (Decoder if on_cpu else DeviceDecoder)(self.model)
             self._check(decoder)
+            if self.scheme:
+                self._int8 = Int8Linears()
+                decoder = Decoder(self.model, self._int8)
             self._decoder = decoder
         except UnsupportedModel as error:
+            if self.scheme:
+                raise ValueError(
+                    f"scheme={self.scheme!r} needs a model that decodes natively: {error}"
+                ) from error
             self.fallback_reason = str(error)
-            if not warned and self._device().type == "cpu":
+            if not warned and on_cpu:
                 warnings.warn(
                     f"rollouts decode through Hugging Face's slower forward: {error}",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
-        return self._decoder
+        self._made_for = places
 
     def _check(self, decoder: Decodes) -> None:
         """Compare with the model's own forward: a subclass or a hook may have changed it."""
@@ -220,7 +256,19 @@ class RolloutEngine:
 
         seeds and positions `[M]` int64 decide the draw: equal ones draw alike.
         """
-        return generation.draw(hidden, lm_head(self.model), sampling, seeds, positions)
+        head = lm_head(self.model)
+        if self.scheme is None:
+            return generation.draw(hidden, head, sampling, seeds, positions)
+        width = head.weight.shape[1]
+        for name, x in (("seeds", seeds), ("positions", positions)):
+            if hidden.shape != (len(x), width) or x.dtype != torch.int64:
+                raise ValueError(
+                    f"hidden must be [M, {width}] and {name} int64 of shape [M], got "
+                    f"{list(hidden.shape)} and {x.dtype} {list(x.shape)}"
+                )
+        decoder = self._native()
+        assert isinstance(decoder, Decoder)
+        return decoder.draw(hidden, head, sampling, seeds, positions)
 
     def _native(self) -> Decodes:
         _ = self.weight_version  # notices changed weights

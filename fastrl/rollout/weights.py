@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastrl.models.adapters import adapter_state
 
@@ -15,11 +15,15 @@ class Fingerprint(NamedTuple):
     versions: tuple[int, ...]
 
 
+def version(parameter: Tensor) -> tuple[int, int]:
+    """Its address, and how often it was written to in place, as far as autograd sees that."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Of the parameters on this rank, and of peft's adapters."""
-    local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
-    addresses = tuple(p.data_ptr() for p in local)
-    versions = tuple(0 if p.is_inference() else p._version for p in local)
+    seen = [version(getattr(p, "_local_tensor", p)) for p in model.parameters()]
+    addresses, versions = zip(*seen, strict=True) if seen else ((), ())
     return Fingerprint((addresses, adapter_state(model)), versions)
 
 

@@ -237,6 +237,9 @@ class Config(Section):
     save_every: int = Field(50, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     rollout_rows: int = Field(256, ge=1, description="completions decoded at a time")
+    rollout_scheme: Literal["int8"] | None = Field(
+        None, description="the products that completions are sampled with; evaluation is in floats"
+    )
     rollout: RolloutServer | None = None
     parallel: Parallel = Field(
         "replicated",
@@ -278,6 +281,15 @@ class Config(Section):
                 mistakes = messages(error, cls, ("stages", name), family)
                 raise ConfigError("\n".join(mistakes)) from None
         return values | {"stages": chosen}
+
+    @model_validator(mode="after")
+    def _one_sampler(self):
+        if self.rollout is not None and self.rollout_scheme is not None:
+            raise ValueError(
+                f"rollout_scheme={self.rollout_scheme!r} has no effect on a server that samples; "
+                "leave it out, or rollout"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_fit_together(self):

@@ -31,7 +31,7 @@ def evaluate(context: Context) -> tuple[dict[str, float], Scored | None]:
     if isinstance(stage, Reward) and all(e.ranked_ids for e in setup.held_out):
         metrics["eval/pair_accuracy"] = _pair_accuracy(context)
     if stage.trains_policy and setup.rewards.functions:
-        rollouts = context.sample(setup.held_out, 0, greedy=True)
+        rollouts = context.sample(setup.held_out, 0, greedy=True, in_floats=True)
         scored = context.score(setup.held_out, rollouts)
         assert scored is not None
         metrics["eval/reward"] = sum(scored.total) / len(scored.total)

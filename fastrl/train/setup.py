@@ -4,7 +4,7 @@ import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -89,6 +89,8 @@ def prepare(config: Config) -> Setup:
             find_model(stage.teacher)
         if getattr(stage, "scheme", None) is not None:
             check_scheme(model, f"stages.{name}.scheme={stage.scheme!r}")
+    if config.rollout_scheme is not None:
+        check_sampling(model, config.rollout_scheme)
     context = getattr(models.backbone(model).config, "max_position_embeddings", None)
     for examples, source in ((train, "training data"), (held_out, "held-out data")):
         data.check_context(examples, config.max_completion_length, context, source)
@@ -97,7 +99,9 @@ def prepare(config: Config) -> Setup:
     sampled = parallel.plain(model)
     engine: Engine
     if config.rollout is None:
-        engine = RolloutEngine(sampled, tokenizer, max_rows=config.rollout_rows)
+        engine = RolloutEngine(
+            sampled, tokenizer, max_rows=config.rollout_rows, scheme=config.rollout_scheme
+        )
     else:
         engine = VllmEngine(sampled, tokenizer, **config.rollout.model_dump())
     networks = {"policy": model}
@@ -110,6 +114,14 @@ def check_scorer(model: nn.Module, name: str) -> None:
         models.scorer_class(model)
     except ValueError as error:
         raise ConfigError(f"the scoring model {name!r} cannot be made: {error}") from None
+
+
+def check_sampling(model: nn.Module, scheme: Literal["int8"]) -> None:
+    """Raise `ConfigError` where the policy cannot be sampled from in int8."""
+    try:
+        RolloutEngine(model, scheme=scheme).prefill([0])
+    except ValueError as error:
+        raise ConfigError(f"rollout_{error}") from None
 
 
 def check_scheme(model: nn.Module, setting: str) -> None:

@@ -9,6 +9,7 @@ from fastrl.kernels.logprob.draws import Draws
 from fastrl.kernels.logprob.given import Given, Returning
 from fastrl.kernels.logprob.library import Problem, Upstream
 from fastrl.kernels.native import float_kind, module, pointer, threads
+from fastrl.kernels.quant.cpu import Int8Rows
 
 
 class _Rows(NamedTuple):
@@ -23,9 +24,11 @@ class _Rows(NamedTuple):
     inv_temperature: Tensor
     softcap: float
     logit_scale: float
+    int8: Int8Rows | None = None  # for draws: the weight instead
 
     def arguments(self):
         """The same as `fastrl._C.linear_args`."""
+        weight, scale, sums = self.int8 or (self.weight, None, None)
         return module().linear_args(
             self.count,
             self.hidden.shape[1],
@@ -33,14 +36,16 @@ class _Rows(NamedTuple):
             pointer(self.index),
             pointer(self.hidden),
             float_kind(self.hidden.dtype),
-            pointer(self.weight),
+            pointer(weight),
             float_kind(self.weight.dtype),
-            self.weight.stride(0),
+            weight.stride(0),
             pointer(self.bias),
             pointer(self.inv_temperature),
             pointer(self.target),
             self.logit_scale,
             self.softcap,
+            pointer(scale),
+            pointer(sums),
         )
 
 
@@ -137,8 +142,8 @@ class Drawing(NamedTuple):
     untruncated: Tensor
 
     @classmethod
-    def of(cls, d: Draws, *shape: int) -> "Drawing":
-        """Results of a shape, which the kernel fills."""
+    def of(cls, d: Draws, *shape: int, int8: Int8Rows | None = None) -> "Drawing":
+        """Results of a shape, which the kernel fills; `int8` stands for the weight."""
         count = len(d.seeds)
         rows = _Rows(
             count,
@@ -150,6 +155,7 @@ class Drawing(NamedTuple):
             torch.full((count,), 1 / (d.temperature or 1.0)),
             d.softcap,
             d.logit_scale,
+            int8,
         )
         d = d._replace(seeds=d.seeds.contiguous(), positions=d.positions.contiguous())
         token = torch.empty(shape, dtype=torch.int64)
@@ -170,8 +176,8 @@ class Drawing(NamedTuple):
         )
 
 
-def sample(d: Draws) -> tuple[Tensor, ...]:
-    drawing = Drawing.of(d, len(d.hidden))
+def sample(d: Draws, int8: Int8Rows | None = None) -> tuple[Tensor, ...]:
+    drawing = Drawing.of(d, len(d.hidden), int8=int8)
     if len(d.hidden):
         module().linear_sample_cpu(drawing.arguments(), threads())
     return drawing[2:]

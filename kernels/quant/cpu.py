@@ -1,6 +1,7 @@
 """The operators of library.py on a CPU: what csrc/cpu/quant.cpp and dequant.cpp are called with."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,30 @@ from fastrl.kernels.quant.reference import LANES, fp8_rows
 from fastrl.kernels.quant.weight import QuantizedWeight
 
 
-def _rows_args(x: Tensor, data: Tensor, scale: Tensor):
+def _rows_args(x: Tensor, data: Tensor, scale: Tensor, sums: Tensor | None = None):
     return module().quant_rows_args(
-        scale.numel(), x.shape[-1], float_kind(x.dtype), pointer(x), pointer(data), pointer(scale)
+        *(scale.numel(), x.shape[-1], float_kind(x.dtype)),
+        *map(pointer, (x, data, scale, sums)),
     )
+
+
+class Int8Rows(NamedTuple):
+    """A weight `[N, K]` as products of few rows read it, q = rint(w / scale)."""
+
+    data: Tensor  # int8 [N, K rounded up to 64], 0 behind K
+    scale: Tensor  # float32 [N], max |w| / 127; NaN where a row holds a NaN or an infinity
+    sums: Tensor  # int32 [N], of q
+
+    def fill(self, weight: Tensor) -> int:
+        """Quantize a weight into these; how many rows hold a NaN or an infinity."""
+        columns = weight.shape[1]
+        whole = columns == self.data.shape[1]
+        data = self.data if whole else torch.empty(weight.shape, dtype=torch.int8)
+        args = _rows_args(weight.contiguous(), data, self.scale, self.sums)
+        module().quantize_rows_cpu(args, threads())
+        if not whole:
+            self.data[:, :columns] = data
+        return int((~self.scale.isfinite()).sum())
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Context:
     reference: nn.Module | None = None  # or the teacher
     earlier: nn.Module | None = None
     scored_with: nn.Module | None = None  # what a reward model's head or likelihood reads
-    engines: dict[int, RolloutEngine] = field(default_factory=dict)
+    engines: dict[tuple[int, str | None], RolloutEngine] = field(default_factory=dict)
     quantized: dict[str, QuantizedScorer] = field(default_factory=dict)
 
     @property
@@ -113,8 +113,11 @@ class Context:
         *,
         model: nn.Module | None = None,
         greedy: bool = False,
+        in_floats: bool = False,
     ) -> Rollouts:
         """Completions of the policy, or of another model; `index` seeds them.
+
+        in_floats leaves the recipe's `rollout_scheme` out.
 
         Each process samples a part of the groups and gets them all; where a server samples, the
         first process asks it. A sharded model is gathered for as long as it is sampled from.
@@ -132,7 +135,7 @@ class Context:
         )
         prompts = [e.prompt_ids for e in examples]
         with parallel.whole(self.policy if model is None else model):
-            engine = self._engine(model)
+            engine = self._engine(model, in_floats)
             if parallel.size() == 1:
                 return engine.generate(prompts, group_size, sampling)
             if not isinstance(engine, RolloutEngine):
@@ -148,17 +151,23 @@ class Context:
         parts = [part for part in gathered if part is not None]
         return join_rollouts(parts).to(self.setup.device)
 
-    def _engine(self, model: nn.Module | None) -> Engine:
+    def _engine(self, model: nn.Module | None, in_floats: bool) -> Engine:
+        config = self.setup.config
+        scheme = None if in_floats else config.rollout_scheme
         if model is None:
-            return self.setup.engine
-        if id(model) not in self.engines:
-            self.engines[id(model)] = RolloutEngine(
+            if scheme == config.rollout_scheme:
+                return self.setup.engine
+            model = self.policy
+        key = id(model), scheme
+        if key not in self.engines:
+            self.engines[key] = RolloutEngine(
                 parallel.plain(model),
                 self.setup.tokenizer,
-                max_rows=self.setup.config.rollout_rows,
+                max_rows=config.rollout_rows,
+                scheme=scheme,
             )
-        self.engines[id(model)].weights_changed()
-        return self.engines[id(model)]
+        self.engines[key].weights_changed()
+        return self.engines[key]
 
     def score(self, examples: Sequence[Example], rollouts: Rollouts) -> Scored | None:
         """What the recipe's reward functions, if any, give to groups of completions."""

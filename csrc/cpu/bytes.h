@@ -1,0 +1,103 @@
+// Products in int8 of rows of a weight that are read from memory once: activations are quantized as
+// panels, a row and its scale per lane, and the sums of integers are exact. The same numbers as
+// kernels/quant/reference.py.
+#pragma once
+
+#include "quant_gemm.h"
+#include "quant_rows.h"
+#include "stream.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+struct Int8 {
+  using OfFloats = Floats;
+  static constexpr int kStep = kDepth;
+};
+
+// kDepth neighbours in depth as 32 bits, whose products are summed in int32.
+struct Words {
+  using Element = uint32_t;
+  static constexpr int kStep = kDepth, kBytes = 4;
+  static constexpr int64_t kSteps = 256;
+  static inline Vec multiply_add(const uint32_t* a, Vec b, Vec c) {
+    int32_t word;
+    std::memcpy(&word, a, sizeof word);
+    return as_float(fastrl::FASTRL_ISA::multiply_add(as_int(c), word, as_int(b)));
+  }
+};
+
+inline Vec add(Words, Vec a, Vec b) { return as_float(as_int(a) + as_int(b)); }
+
+inline int64_t stored_bytes(Words, Float) { return kDepth; }
+
+inline void widen(Words, const char* from, Float, int64_t steps, char* to) {
+  for (int64_t i = 0; i < steps * kDepth; ++i) {
+    const int16_t wide = static_cast<int8_t>(from[i]);
+    std::memcpy(to + i * 2, &wide, sizeof wide);
+  }
+}
+
+struct BytePanel : PanelView<uint32_t> {
+  const float* scale;  // [kPanel]
+};
+
+// A panel of words has as many columns as its vectors, but tiles are cut from whole ones.
+inline int64_t word_columns([[maybe_unused]] int vectors) {
+#ifdef FASTRL_TILES
+  return kPanel;
+#else
+  return vectors * kLanes;
+#endif
+}
+
+// A vector of rows [depth], `columns` floats apart, as quantize_row does it: scale = max |x| / 127,
+// NaN where there is no number; words `to_columns` apart.
+inline void quantize_lanes(const float* from, int64_t columns, int64_t depth, uint32_t* to,
+                           int64_t to_columns, float* scale) {
+  IVec highest = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const IVec bits = as_int(load(from + k * columns)) & 0x7fffffff;
+    highest = bits > highest ? bits : highest;
+  }
+  const IVec number = highest < 0x7f800000;
+  const Vec step = at_least(as_float(highest) * (1.0f / 127.0f), splat(kSmallestScale));
+  store(scale, select(number, step, splat(std::numeric_limits<float>::quiet_NaN())));
+  const Vec inverse = select(number, 1.0f / step, Vec{});
+  for (int64_t k = 0; k < depth; k += kDepth, to += to_columns) {
+    IVec word = {};
+    for (int64_t i = 0; i < std::min<int64_t>(kDepth, depth - k); ++i) {
+      const Vec x = select(number, load(from + (k + i) * columns), Vec{});
+      const IVec q = as_int(x * inverse + kRounder) - as_int(splat(kRounder));
+      word |= (q & (kDepth == 4 ? 0xff : 0xffff)) << (32 / kDepth * static_cast<int>(i));
+    }
+    word ^= kShifted ? INT32_MIN + 0x808080 : 0;
+    std::memcpy(to, &word, sizeof word);
+  }
+}
+
+// z[n, kPanel] = rows [r0, r0 + n) of a weight, `stride` bytes each, times a panel.
+inline void multiply_int8(const void* weight, int64_t stride, const Int8Rows& w, int64_t r0, int n,
+                          int64_t depth, const BytePanel& panel, float* z) {
+  const char* rows = static_cast<const char*>(weight) + r0 * stride;
+#ifdef FASTRL_TILES
+  const int32_t zeros[kBlock] = {};
+  multiply_slice({rows, stride, n, zeros}, words(depth), panel.data,
+                 panel.vectors > 2 ? kVectors : panel.vectors, reinterpret_cast<int32_t*>(z));
+#else
+  multiply_streamed<Words>({rows, stride}, Float::f32, n, words(depth), panel, z);
+#endif
+  for (int r = 0; r < n; ++r) {
+    const int32_t shift = kShifted ? 128 * w.sum[r0 + r] : 0;
+    for (int j = 0; j < panel.vectors * kLanes; j += kLanes) {
+      float* at = z + r * kPanel + j;
+      const Vec sum = __builtin_convertvector(as_int(load(at)) - shift, Vec);
+      store(at, sum * load(panel.scale + j) * w.scale[r0 + r]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl
