@@ -17,6 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from fastrl.bench.llamacpp_peer import LlamaCpp
 from fastrl.bench.openvino_peer import OpenVino
 from fastrl.bench.race import Race, Variant, Verdict, Work, within
+from fastrl.kernels import native
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import RolloutEngine, SamplingParams, generation
 from fastrl.rollout.cache import CHUNK
@@ -102,6 +103,7 @@ class Case:
         self.model, self.prompts, self.group, self.tokens = model, prompts, group, tokens
         self.rows = len(prompts) * group
         self.engine = RolloutEngine(model, max_rows=self.rows)
+        self.int8 = RolloutEngine(model, max_rows=self.rows, scheme="int8")
 
     @cache  # noqa: B019  a case lives as long as its process
     def exported(self, peer, kind):
@@ -115,8 +117,16 @@ class Case:
 
 # A variant samples `tokens` for each row of some prompts; at a temperature of 0 the likeliest.
 def fastrl(case, prompts, tokens, temperature=1.0):
+    return sampled(case.engine, case, prompts, tokens, temperature)
+
+
+def fastrl_int8(case, prompts, tokens, temperature=1.0):
+    return sampled(case.int8, case, prompts, tokens, temperature)
+
+
+def sampled(engine, case, prompts, tokens, temperature):
     sampling = SamplingParams(temperature, max_new_tokens=tokens, ignore_eos=True)
-    return case.engine.generate(prompts, case.group, sampling).completion_ids
+    return engine.generate(prompts, case.group, sampling).completion_ids
 
 
 @torch.no_grad()
@@ -147,13 +157,12 @@ def exported(case, prompts, tokens, temperature=1.0, **which):
     return case.exported(**which).generate(prompts, case.group, tokens, temperature)
 
 
-@torch.no_grad()
-def draws(case):
+def draws(case, engine):
     """A few draws from the head for each row."""
     width, rows = case.model.config.hidden_size, torch.arange(case.rows, device=case.model.device)
     hidden = torch.ones(case.rows, width, dtype=case.model.dtype, device=case.model.device)
     for _ in range(min(FEW, case.tokens)):
-        generation.draw(hidden, lm_head(case.model), SamplingParams(), rows, rows)
+        engine.sample(hidden, SamplingParams(), seeds=rows, positions=rows)
 
 
 class Rollout(Race):
@@ -190,8 +199,10 @@ class Rollout(Race):
     }
 
     def variants(self, device):
+        in_int8 = native.unavailable("cpu", device) is None
         found = {
             "fastrl": Variant(fastrl),
+            **({"fastrl, int8": Variant(fastrl_int8)} if in_int8 else {}),
             "HF, one prefill": Variant(prefill_once, "hf"),
             "HF generate": Variant(generate, "hf", without=(BARE, HEAD)),
         }
@@ -210,9 +221,12 @@ class Rollout(Race):
 
     def call(self, variant, inputs, mode):
         if mode == HEAD:
-            return partial(draws, inputs)
+            return partial(draws, inputs, self.engine(variant, inputs))
         prompts = [p[:1] for p in inputs.prompts] if mode == BARE else inputs.prompts
         return partial(variant.function, inputs, prompts, self.tokens(mode, inputs.tokens))
+
+    def engine(self, variant, inputs):
+        return inputs.int8 if variant.function is fastrl_int8 else inputs.engine
 
     def tokens(self, mode, whole):
         """How many tokens of each row a mode samples, where a rollout has `whole`."""
@@ -226,18 +240,20 @@ class Rollout(Race):
     def gate(self, variant, inputs, shape):
         """On a small case: greedy tokens are generate's (float32), or hidden states agree.
 
-        Of llama.cpp logits do, where its weights are not the model's float32.
+        Of llama.cpp logits do, where its weights are not the model's float32; int8 products count
+        as another dtype.
         """
         few = {"prompts": min(GATE["prompts"], shape["prompts"])}  # one is another path than many
         case = self.draw(shape | GATE | few, inputs.model.device)
-        quantized = getattr(variant.function, "keywords", {}).get("kind") == "Q8_0"
+        keywords = getattr(variant.function, "keywords", {})
+        quantized = keywords.get("kind") == "Q8_0" or variant.function is fastrl_int8
         if case.model.dtype == torch.float32 and not quantized:
             want = generate(case, case.prompts, case.tokens, temperature=0)
             got = variant.function(case, case.prompts, case.tokens, temperature=0)
             return within({UNLIKE: (got.to(want.device) != want).float().mean().item()}, 0)
         ids = torch.tensor(case.prompts[:1], device=case.model.device)
         if variant.ours:
-            what, got = "hidden", case.engine.prefill(case.prompts[0]).hidden
+            what, got = "hidden", self.engine(variant, case).prefill(case.prompts[0]).hidden
             with torch.no_grad():
                 want = backbone(case.model)(ids, use_cache=False).last_hidden_state[0, -1]
         elif variant.peer == "llamacpp":
@@ -248,7 +264,7 @@ class Rollout(Race):
         else:
             return Verdict()  # Hugging Face's own forward is what ours is held to
         off = (got.float() - want.float()).abs().max() / want.abs().max()
-        return within({what: off.item()}, 5e-2)
+        return within({what: off.item()}, 1e-1 if variant.function is fastrl_int8 else 5e-2)
 
     def figures(self, variant, inputs, shape, seconds):
         """Milliseconds of the prompt and of a step, and what a step is made of; its bytes.
@@ -269,6 +285,7 @@ class Rollout(Race):
         if head:
             found["head"] = head
         layers, top, size = weights(shape)
+        size = 1 if variant.function is fastrl_int8 else size
         read = (layers + top) * size + cached(shape) * self.positions(shape)
         found = {f"{name} ms": 1e3 * value for name, value in found.items()}
         if variant.peer != "openvino":  # what it reports changes with when it is asked

@@ -109,7 +109,7 @@ def test_what_is_compared_is_not_one_token_again_and_again():
     assert len(tokens.unique()) >= 4
 
 
-@pytest.mark.parametrize("name", ["fastrl", "HF, one prefill", "HF generate"])
+@pytest.mark.parametrize("name", ["fastrl", "fastrl, int8", "HF, one prefill", "HF generate"])
 def test_greedy_tokens_are_generates(name, case):
     assert RACE.gate(RACE.variants(CPU)[name], case, SHAPE).wrong is None
 
