@@ -8,7 +8,8 @@ from families import FAMILIES, VOCAB, tiny_model
 from fastrl.kernels import native
 from fastrl.models import backbone, completion_logprobs
 from fastrl.rollout import RolloutEngine, SamplingParams
-from fastrl.rollout.decoder import PREFILL_ROWS, Decoder, UnsupportedModel
+from fastrl.rollout.architecture import UnsupportedModel
+from fastrl.rollout.decoder import PREFILL_ROWS, Decoder
 
 pytestmark = pytest.mark.skipif(bool(native.why_missing), reason=native.why_missing)
 FREE = {"ignore_eos": True}

@@ -13,7 +13,8 @@ from fastrl.kernels import native
 from fastrl.models import add_lora, completion_logprobs
 from fastrl.models.head import unwrap
 from fastrl.rollout import RolloutEngine, SamplingParams
-from fastrl.rollout.decoder import Decoder, UnsupportedModel
+from fastrl.rollout.architecture import UnsupportedModel
+from fastrl.rollout.decoder import Decoder
 
 pytestmark = pytest.mark.skipif(bool(native.why_missing), reason=native.why_missing)
 FREE = {"ignore_eos": True}

@@ -127,7 +127,7 @@ class StreamedBlock {
 
  private:
   static constexpr int kTile = std::min(2 * kRows, kVectors* kRows / V);  // as registers allow
-  static constexpr int kNear = Kind::kSteps * Kind::kBytes;  // bytes of a row in near_
+  static constexpr int kNear = Kind::kSteps * Kind::kBytes;               // bytes of a row in near_
 
   // Tiles of R rows as long as there are so many, then smaller ones.
   template <int R>

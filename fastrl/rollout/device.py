@@ -19,8 +19,8 @@ from fastrl.kernels import GroupLayout, shared_prefix_attention
 from fastrl.kernels.native import unavailable
 from fastrl.models.attention import implementation
 from fastrl.models.head import unwrap
+from fastrl.rollout.architecture import FAMILIES, UnsupportedModel, need
 from fastrl.rollout.cache import CHUNK, Branch, Node
-from fastrl.rollout.decoder import FAMILIES, UnsupportedModel, need
 
 if TYPE_CHECKING:  # Triton may not be installed
     from fastrl.kernels.attention.decode import Table, Workspace

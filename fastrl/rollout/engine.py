@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from fastrl.kernels import Samples
 from fastrl.models import backbone, lm_head
 from fastrl.rollout import generation
+from fastrl.rollout.architecture import UnsupportedModel
 from fastrl.rollout.cache import Branch
-from fastrl.rollout.decoder import Decoder, UnsupportedModel
+from fastrl.rollout.decoder import Decoder
 from fastrl.rollout.device import DeviceDecoder
 from fastrl.rollout.huggingface import HuggingFaceRows
 from fastrl.rollout.int8 import Int8Linears
@@ -100,7 +101,9 @@ class RolloutEngine:
         self._made_for = self._decoder = self._int8 = self.fallback_reason = None
         on_cpu = self._device().type == "cpu"
         if self.scheme and not on_cpu:
-            raise ValueError(f"scheme={self.scheme!r} needs a CPU; the model is on {self._device()}")
+            raise ValueError(
+                f"scheme={self.scheme!r} needs a CPU; the model is on {self._device()}"
+            )
         try:
             decoder: Decodes = (Decoder if on_cpu else DeviceDecoder)(self.model)
             self._check(decoder)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastrl.kernels.native import module, pointer
 from fastrl.kernels.quant.cpu import Int8Rows
@@ -18,12 +17,12 @@ class Int8Linears:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[str, nn.Module] = {}
+        self._layers: dict[str, Any] = {}
         self._rows: dict[str, Int8Rows] = {}
         self._seen: dict[str, Any] = {}  # versions of the weights that were quantized
 
-    def copy(self, layer: nn.Module, name: str) -> Int8Rows:
-        """What `layer.weight` `[N, K]` will be quantized to.
+    def copy(self, layer: Any, name: str) -> Int8Rows:
+        """What the `weight` `[N, K]` of a layer will be quantized to.
 
         Raises `ValueError` for rows too long for int8.
         """
