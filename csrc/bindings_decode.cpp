@@ -116,6 +116,22 @@ GenerateArgs generate_args(const DecodeArgs& decode, const SampleArgs& sample, i
           pointer<int64_t>(count)};
 }
 
+// A number that changes, as good as surely, when arrays are written to all over.
+uint64_t glimpse(const std::vector<Address>& arrays, const std::vector<int64_t>& bytes) {
+  constexpr int64_t kSpots = 16;  // of an array
+  uint64_t hash = 14695981039346656037u;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const auto* data = pointer<const char>(arrays[i]);
+    const int64_t words = bytes[i] / 4;
+    for (int64_t spot = 0; spot < std::min(kSpots, words); ++spot) {
+      uint32_t word;
+      std::memcpy(&word, data + spot * words / kSpots * 4, sizeof word);
+      hash = (hash ^ word) * 1099511628211u;
+    }
+  }
+  return hash;
+}
+
 }  // namespace
 
 void bind_decode(py::module_& m) {
@@ -129,6 +145,7 @@ void bind_decode(py::module_& m) {
   py::class_<GenerateArgs>(m, "generate_args").def(py::init(&generate_args));
 
   m.def("use_huge_pages", &use_huge_pages);
+  m.def("glimpse", &glimpse);
   py::class_<Scratch>(m, "decode_scratch").def(py::init<>());
   m.def("decode_cpu", &decode_cpu, release());
   m.def("generate_cpu", &generate_cpu, release());

@@ -167,6 +167,10 @@ def test_branches_need_the_weights_they_were_made_under():
     torch.testing.assert_close(moved.hidden, forward(model, [3, 4])[-1], rtol=0, atol=1e-5)
     engine.weights_changed()
     assert engine.weight_version == 3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # writes past autograd
+    model(torch.tensor([[3, 4]])).logits.logsumexp(-1).sum().backward()
+    optimizer.step()
+    assert engine.weight_version == 4
 
 
 def test_what_is_not_known_is_refused():

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fastrl import train
 from fastrl.kernels import native, quantize
 from fastrl.kernels.quant import reference
+from fastrl.kernels.quant.cpu import Int8Rows
 from fastrl.models import character_tokenizer
 from fastrl.models.head import unwrap
 from fastrl.rollout import RolloutEngine, SamplingParams
@@ -112,7 +113,34 @@ def test_changed_weights_are_quantized_again():
     engine.weights_changed()
     seen.append(engine.prefill(ids).hidden)
     assert torch.equal(seen[-1], now())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # past autograd as well
+    model(torch.tensor([ids])).logits.logsumexp(-1).sum().backward()
+    optimizer.step()
+    seen.append(engine.prefill(ids).hidden)
+    assert torch.equal(seen[-1], now())
     assert all(not torch.equal(a, b) for a, b in pairwise(seen))
+
+
+def test_frozen_weights_are_quantized_once(monkeypatch):
+    model = adapted("qwen2")
+    engine = RolloutEngine(model, scheme="int8")
+    filled = []
+    fill = Int8Rows.fill
+    monkeypatch.setattr(Int8Rows, "fill", lambda r, w: filled.append(w) or fill(r, w))
+    (ids,) = prompts(12)
+    first = engine.prefill(ids).hidden
+    once = len(filled)
+    assert once == 3 * 7 + 1
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_B" in name:
+                p.mul_(2)
+    assert not torch.equal(engine.prefill(ids).hidden, first)
+    assert len(filled) == once
+    with torch.no_grad():
+        unwrap(model).model.layers[0].mlp.up_proj.base_layer.weight.mul_(2)
+    engine.prefill(ids)
+    assert len(filled) == once + 1
 
 
 def test_int8_nbytes_are_those_of_the_copies():

@@ -387,7 +387,8 @@ def test_lora_with_dropout_and_autocast(tmp_path, patched):
 
 
 @needs_kernels
-def test_rollout_func(tmp_path):
+@pytest.mark.parametrize("scheme, error", [(None, 1e-4), ("int8", 0.1)])
+def test_rollout_func(tmp_path, scheme, error):
     seen = []
 
     def spy(prompts, trainer):
@@ -399,10 +400,10 @@ def test_rollout_func(tmp_path):
         with torch.no_grad():
             want = completion_logprobs(model, out["prompt_ids"], padded, mask, temperature=0.8)
         flat = torch.tensor([x for row in out["logprobs"] for x in row])
-        torch.testing.assert_close(flat, want.logprob[mask], rtol=0, atol=1e-4)
+        torch.testing.assert_close(flat, want.logprob[mask], rtol=0, atol=error)
         return out
 
-    sample = rollout_func(max_rows=8)
+    sample = rollout_func(max_rows=8, scheme=scheme)
     trainer = trl_runs.sampler("grpo", tmp_path, 2, rollout=spy, temperature=0.8)
     losses = trl_runs.losses(trainer)
     assert all(norm > 0 for _, norm in losses)

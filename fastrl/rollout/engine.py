@@ -34,9 +34,9 @@ class RolloutEngine:
     warning on a CPU; `fallback_reason` says why, and is None otherwise.
 
     `weight_version` counts changes of the weights, and every batch of rollouts and every branch
-    carries it. In-place writes to parameters and moves of them are noticed, as are adapters that
-    are switched, scaled, disabled or merged; writes past autograd, such as to `parameter.data`,
-    need `weights_changed`. At most `max_rows` completions are decoded at a time; where some end,
+    carries it. In-place writes to parameters and moves of them are noticed, on a CPU also those of
+    PyTorch's fused optimizers, as are adapters that are switched, scaled, disabled or merged; other
+    writes past autograd, such as to a part of `parameter.data`, need `weights_changed`. At most `max_rows` completions are decoded at a time; where some end,
     waiting groups take their places.
 
     scheme="int8" (on a CPU, for models that decode natively) takes the products of the projections
@@ -69,7 +69,8 @@ class RolloutEngine:
         self._made_for: tuple | None = None  # parameters' addresses and adapters: _decoder's
         self._decoder: Decodes | None = None
         self._int8: Int8Linears | None = None
-        self._changed = False  # weights, unnoticed, since they were quantized
+        self._quantized: int | None = None  # the version that it was made from
+        self._changed = False  # weights, by what we were told, since then
 
     @property
     def weight_version(self) -> int:
@@ -91,14 +92,16 @@ class RolloutEngine:
         """The native decoder of the model as it is now, or None."""
         if (places := self._version.places()) != self._made_for:
             self._make_decoder(places)
-        if self._int8 is not None:
+        version = self._version.current()
+        if self._int8 is not None and version != self._quantized:
+            self._quantized = None
             self._int8.refresh(self._changed)
-            self._changed = False
+            self._quantized, self._changed = version, False
         return self._decoder
 
     def _make_decoder(self, places: tuple) -> None:
         warned = self.fallback_reason is not None
-        self._made_for = self._decoder = self._int8 = self.fallback_reason = None
+        self._made_for = self._decoder = self._int8 = self._quantized = self.fallback_reason = None
         on_cpu = self._device().type == "cpu"
         if self.scheme and not on_cpu:
             raise ValueError(

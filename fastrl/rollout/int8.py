@@ -35,14 +35,14 @@ class Int8Linears:
         return self._rows[name]
 
     @torch.no_grad()
-    def refresh(self, changed: bool) -> None:
-        """Quantize weights that were written to, or all if they may have `changed` unnoticed.
+    def refresh(self, everything: bool) -> None:
+        """Quantize the weights that are trained or were written to, or `everything`.
 
         Raises `ValueError` for a weight that holds NaN or infinite values.
         """
         for name, layer in self._layers.items():
             now = version(layer.weight)
-            if changed or now != self._seen.get(name):
+            if everything or layer.weight.requires_grad or now != self._seen.get(name):
                 self._seen.pop(name, None)
                 if bad := self._rows[name].fill(layer.weight.detach()):
                     raise ValueError(

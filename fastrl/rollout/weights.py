@@ -4,15 +4,18 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastrl.kernels import native
 from fastrl.models.adapters import adapter_state
 
 
 class Fingerprint(NamedTuple):
-    """Changes with every in-place write to a parameter that autograd sees (`versions`), and with
-    every move of one and whenever adapters are switched, scaled, disabled or merged (`places`)."""
+    """Changes with every in-place write to a parameter that autograd sees (`versions`), with writes
+    to all of some parameters on a CPU (`glimpse`), and with every move of one and whenever adapters
+    are switched, scaled, disabled or merged (`places`)."""
 
     places: tuple
     versions: tuple[int, ...]
+    glimpse: int
 
 
 def version(parameter: Tensor) -> tuple[int, int]:
@@ -22,16 +25,26 @@ def version(parameter: Tensor) -> tuple[int, int]:
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Of the parameters on this rank, and of peft's adapters."""
-    seen = [version(getattr(p, "_local_tensor", p)) for p in model.parameters()]
-    addresses, versions = zip(*seen, strict=True) if seen else ((), ())
-    return Fingerprint((addresses, adapter_state(model)), versions)
+    local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    addresses = tuple(version(p)[0] for p in local)
+    versions = tuple(version(p)[1] for p in local)
+    return Fingerprint((addresses, adapter_state(model)), versions, _glimpse(local))
+
+
+def _glimpse(parameters: list[Tensor]) -> int:
+    """A hash of a few numbers of each: PyTorch's fused optimizers write past autograd."""
+    if native.why_missing:
+        return 0
+    seen = [p for p in parameters if p.device.type == "cpu" and p.is_contiguous()]
+    return native.module().glimpse([p.data_ptr() for p in seen], [p.nbytes for p in seen])
 
 
 class WeightVersion:
     """Counts the changes of a model's weights, from 0.
 
-    In-place writes to parameters and moves of them are noticed, and adapters that are switched,
-    scaled, disabled or merged; writes past autograd, such as to `parameter.data`, need `changed`.
+    In-place writes to parameters and moves of them are noticed, on a CPU also those of PyTorch's
+    fused optimizers, and adapters that are switched, scaled, disabled or merged. Other writes past
+    autograd, such as to a part of `parameter.data`, need `changed`.
     """
 
     def __init__(self, model: nn.Module):

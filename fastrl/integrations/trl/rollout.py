@@ -3,23 +3,26 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastrl.rollout import RolloutEngine, SamplingParams
 
 
-def rollout_func(*, max_rows: int = 256) -> Callable[[list, Any], dict[str, Any]]:
+def rollout_func(
+    *, max_rows: int = 256, scheme: Literal["int8"] | None = None
+) -> Callable[[list, Any], dict[str, Any]]:
     """A `rollout_func` for TRL's `GRPOTrainer` that samples with `fastrl.rollout.RolloutEngine`.
 
     It samples in process, on the trainer's own weights, computes the prompt of a group once, and
     takes temperature, top_p, top_k, min_p and max_completion_length from the trainer. The seed of
     each batch is drawn from torch's generator, as Hugging Face's `generate` draws. At most
-    `max_rows` completions are decoded at a time. The function returns `prompt_ids`,
+    `max_rows` completions are decoded at a time, with `scheme="int8"` in int8: TRL corrects for
+    that only where it samples from vLLM itself. The function returns `prompt_ids`,
     `completion_ids` and `logprobs`, lists of lists, one for each prompt it is given. Raises
-    `ValueError` for options of the trainer that the engine does not have, and for prompts with
-    images.
+    `ValueError` for options of the trainer that the engine does not have, for prompts with images,
+    and for a scheme that the model cannot have.
     """
     engines: dict[int, RolloutEngine] = {}
 
@@ -31,7 +34,9 @@ def rollout_func(*, max_rows: int = 256) -> Callable[[list, Any], dict[str, Any]
         model = trainer.accelerator.unwrap_model(trainer.model)
         if id(model) not in engines:
             engines.clear()
-            engines[id(model)] = RolloutEngine(model, trainer._tokenizer, max_rows=max_rows)
+            engines[id(model)] = RolloutEngine(
+                model, trainer._tokenizer, max_rows=max_rows, scheme=scheme
+            )
         engine = engines[id(model)]
         seed = int(torch.randint(2**62, ()))
         runs = [list(run) for _, run in groupby(range(len(prompts)), prompt_ids.__getitem__)]
