@@ -36,8 +36,8 @@ class RolloutEngine:
     `weight_version` counts changes of the weights, and every batch of rollouts and every branch
     carries it. In-place writes to parameters and moves of them are noticed, on a CPU also those of
     PyTorch's fused optimizers, as are adapters that are switched, scaled, disabled or merged; other
-    writes past autograd, such as to a part of `parameter.data`, need `weights_changed`. At most `max_rows` completions are decoded at a time; where some end,
-    waiting groups take their places.
+    writes past autograd, such as to a part of `parameter.data`, need `weights_changed`. At most
+    `max_rows` completions are decoded at a time; where some end, waiting groups take their places.
 
     scheme="int8" (on a CPU, for models that decode natively) takes the products of the projections
     and of the lm-head in int8, as `quantized_linear` does: each row of a weight and each row of
