@@ -208,13 +208,13 @@ def test_an_optimizer_step_is_followed_in_place():
         tiny_model("qwen2"), rank=4, alpha=8, dropout=0.0, target_modules="all-linear", seed=0
     )
     engine = native_engine(model)
-    decoder = engine._find_decoder()
+    decoder = engine._native()[0]
     sampling = SamplingParams(max_new_tokens=20, seed=1, **FREE)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=3.0)
     texts, rollouts = prompts(7, 12), []
     for step in range(3):
         out = engine.generate(texts, 4, sampling)
-        assert out.weight_version == step and engine._find_decoder() is decoder
+        assert out.weight_version == step and engine._native()[0] is decoder
         again = completion_logprobs(
             model, out.prompt_ids, out.completion_ids, out.completion_mask
         ).logprob

@@ -26,7 +26,7 @@ def forward(model, ids):
 def device_engine(model, **options):
     engine.Decoder = DeviceDecoder  # on a CPU too, in the interpreter
     made = RolloutEngine(model, **options)
-    assert isinstance(made._find_decoder(), DeviceDecoder), made.fallback_reason
+    assert isinstance(made._native()[0], DeviceDecoder), made.fallback_reason
     return made
 
 
@@ -72,7 +72,7 @@ def check_new_weights(device="cpu"):
     lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear", "seed": 0}
     model = add_lora(tiny_model("qwen3", num_hidden_layers=1), **lora).to(device)
     rollouts = device_engine(model)
-    first = rollouts._find_decoder()
+    first = rollouts._native()[0]
     (prompt,) = prompts(5)
     for moved in (False, False, True):
         with torch.no_grad():
@@ -85,7 +85,7 @@ def check_new_weights(device="cpu"):
         got = rollouts.step([branch], torch.tensor([9], device=device))[0]
         want = forward(model, [*prompt, 9])[-1]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-        assert (rollouts._find_decoder() is first) == (not moved)
+        assert (rollouts._native()[0] is first) == (not moved)
 
 
 def check_interpreted():

@@ -88,11 +88,10 @@ class RolloutEngine:
         return self._int8.nbytes if self._int8 else 0
 
     @torch.no_grad()
-    def _find_decoder(self) -> Decodes | None:
-        """The native decoder of the model as it is now, or None."""
+    def _find_decoder(self, version: int) -> Decodes | None:
+        """The native decoder of the model as it is now, at a weight_version, or None."""
         if (places := self._version.places()) != self._made_for:
             self._make_decoder(places)
-        version = self._version.current()
         if self._int8 is not None and version != self._quantized:
             self._quantized = None
             self._int8.refresh(self._changed)
@@ -181,7 +180,8 @@ class RolloutEngine:
             max_new_tokens,
         )
         ending = generation.Ending(request.stop_tokens, self.tokenizer, group_size, group_stop)
-        version, decoder = self.weight_version, self._find_decoder()
+        version = self.weight_version
+        decoder = self._find_decoder(version)
         rows: generation.Rows
         if decoder is None:
             rows = HuggingFaceRows(backbone(self.model), self._device())
@@ -210,7 +210,8 @@ class RolloutEngine:
         """
         (ids,) = encode(self.tokenizer, [prompt], SamplingParams())
         check_prompts(self.model, [ids], [0])
-        return self._native().prefill([ids], self.weight_version)[0]
+        decoder, version = self._native()
+        return decoder.prefill([ids], version)[0]
 
     def fork(self, branch: Branch, at: int | None = None) -> Branch:
         """A branch of the first `at` tokens (all of them by default), without a copy."""
@@ -227,7 +228,7 @@ class RolloutEngine:
         Raises `ValueError` for branches named twice or made under other weights, for tokens outside
         the vocabulary, and for branches as long as the model's context.
         """
-        decoder, vocab = self._native(), lm_head(self.model).weight.shape[0]
+        (decoder, version), vocab = self._native(), lm_head(self.model).weight.shape[0]
         if not branches or tokens.shape != (len(branches),) or tokens.dtype != torch.int64:
             raise ValueError(
                 f"tokens must be int64 of shape [{len(branches)}], one for each of at least one "
@@ -237,7 +238,6 @@ class RolloutEngine:
             raise ValueError("branches holds a branch twice; fork it to go two ways")
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
             raise ValueError(f"tokens holds ids outside the vocabulary of {vocab}")
-        version = self.weight_version
         for b in branches:
             if b.weight_version != version:
                 raise ValueError(
@@ -272,16 +272,16 @@ class RolloutEngine:
                     f"hidden must be [M, {width}] and {name} int64 of shape [M], got "
                     f"{list(hidden.shape)} and {x.dtype} {list(x.shape)}"
                 )
-        decoder = self._native()
+        decoder, _ = self._native()
         assert isinstance(decoder, Decoder)
         return decoder.draw(hidden, head, sampling, seeds, positions)
 
-    def _native(self) -> Decodes:
-        _ = self.weight_version  # notices changed weights
-        decoder = self._find_decoder()
+    def _native(self) -> tuple[Decodes, int]:
+        version = self.weight_version
+        decoder = self._find_decoder(version)
         if decoder is None:
             raise RuntimeError(f"branches need the native decoder: {self.fallback_reason}")
-        return decoder
+        return decoder, version
 
     def _device(self) -> torch.device:
         return lm_head(self.model).weight.device
