@@ -5,7 +5,8 @@ token; the whole; and a few tokens behind a prompt of one, where there is no pro
 
 tiny: Qwen3 of 0.8M parameters, as in bench_trainer.py. 0.5b: the shape of Qwen2.5-0.5B, and 387m
 the same with a vocabulary of 32000. All with random weights. The floor of a call is its products,
-or the weights and what is cached, read once a step, in the model's dtype: engines in 8 bits pass it.
+or the weights and what is cached, read once a step, in the model's dtype: what is in 8 bits may
+pass it.
 """
 
 import math

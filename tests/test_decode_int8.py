@@ -141,6 +141,19 @@ def test_frozen_weights_are_quantized_once(monkeypatch):
         unwrap(model).model.layers[0].mlp.up_proj.base_layer.weight.mul_(2)
     engine.prefill(ids)
     assert len(filled) == once + 1
+    for p in model.parameters():
+        p.data.copy_(1.5 * p)  # past autograd
+    engine.prefill(ids)
+    assert len(filled) == 2 * once + 1
+
+
+def test_a_head_that_lies_in_columns():
+    model = tiny_model("llama", vocab_size=20000)
+    sampling = SamplingParams(max_new_tokens=5, seed=9, **FREE)
+    want = RolloutEngine(model, scheme="int8").generate([[3, 4]], 4, sampling)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().T.contiguous().T)
+    got = RolloutEngine(model, scheme="int8").generate([[3, 4]], 4, sampling)
+    assert got.logprobs.equal(want.logprobs)
 
 
 def test_int8_nbytes_are_those_of_the_copies():
@@ -190,8 +203,13 @@ def test_sampling_from_a_branch_is_what_generate_does():
         assert torch.equal(drawn.token, want.completion_ids[:, i])
         assert torch.equal(drawn.logprob, want.logprobs[:, i])
         hidden = engine.step(branches, drawn.token)
-    with pytest.raises(ValueError, match=r"hidden must be \[M, 48\] and seeds int64"):
-        engine.sample(hidden, sampling, seeds=seeds[:3], positions=seeds)
+    for x, at, message in (
+        (hidden, seeds[:3], r"seeds must have shape \(4,\), got \(3,\)"),
+        (hidden[:, :40], seeds, "hidden must end in weight's H=48"),
+        (hidden.double(), seeds, "hidden must be float32, bfloat16 or float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.sample(x, sampling, seeds=at, positions=seeds)
 
 
 def test_what_cannot_be_is_refused():
@@ -242,7 +260,9 @@ def test_recipes_that_cannot_sample_in_int8(recipe, tmp_path):
     model.save_pretrained(tmp_path / "gpt2")
     character_tokenizer(recipe["model"]["alphabet"]).save_pretrained(tmp_path / "gpt2")
     other = grpo(recipe, model={"path": str(tmp_path / "gpt2"), "dtype": "float32"})
-    with pytest.raises(train.ConfigError, match="rollout_scheme='int8' needs a model that decodes"):
+    with pytest.raises(
+        train.ConfigError, match="rollout_scheme='int8' cannot be: .* decodes natively"
+    ):
         train.run(train.parse_config(other), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -20,6 +20,7 @@ namespace FASTRL_ISA {
 namespace {
 
 constexpr int64_t kKeptBytes = 128 << 20;
+constexpr float kOutOfReach = 80.0f;  // of noise; e^-80 is no subnormal, which would take long
 
 // The best perturbed logit so far, or with greedy the best logit; a lane per token.
 struct Best {
@@ -120,8 +121,9 @@ class Sampler {
 
   void start(int64_t p, int64_t v0, Best& best) const {
     for (int64_t i = 0; i < kPanel; ++i) {
-      // Nothing wins in a lane without a token.
-      best.value[i] = best.bar[i] = i < tokens_.in_panel(p) ? -kInfinity : kInfinity;
+      const bool live = i < tokens_.in_panel(p);  // nothing wins in a lane without a token
+      best.value[i] = live ? -kInfinity : kInfinity;
+      best.bar[i] = live ? -kInfinity : kOutOfReach;
       best.z[i] = -kInfinity;
       best.token[i] = static_cast<int32_t>(v0);
     }

@@ -12,6 +12,7 @@ from fastrl.kernels import Samples
 from fastrl.kernels.checks import FLOATS
 from fastrl.kernels.logprob.cpu import Drawing, sample
 from fastrl.kernels.logprob.draws import Draws
+from fastrl.kernels.logprob.op import check_draws
 from fastrl.kernels.logprob.parallel import is_dtensor
 from fastrl.kernels.native import module, pointer, threads
 from fastrl.models.head import LmHead, lm_head
@@ -64,6 +65,7 @@ class Decoder:
         self._inner, self._dtype, self._model = known.inner, known.dtype, known.native
         self._config = self._inner.config
         self._layers, self._head = known.layers, known.head
+        self._int8 = int8  # whose arrays native code reads as long as this lives
         self.head_size, self.kv_heads = known.head_size, self._config.num_key_value_heads
         need(int8 is None or reads_head(lm_head(model)), "its lm-head is of another type")
         self._angles = (torch.empty(0), torch.empty(0))
@@ -167,7 +169,11 @@ class Decoder:
         """A token for each hidden state `[M, H]`; seeds and positions `at` `[M]` decide it."""
         if self._head is None:
             return draw(hidden, head, sampling, seeds, at)
-        return Samples(*sample(_draws(hidden, head, sampling, seeds, at), self._head))
+        check_draws(hidden, head.weight, seeds, at, head.bias, head.softcap)
+        if hidden.dtype not in FLOATS:
+            raise ValueError(f"hidden must be float32, bfloat16 or float16, got {hidden.dtype}")
+        drawn = sample(_draws(hidden, head, sampling, seeds.long(), at.long()), self._head)
+        return Samples(*drawn)
 
     def place(self, branches: Sequence[Branch]) -> tuple[Layout, Tensor]:
         """Where the next token of each branch goes; room is made for it."""

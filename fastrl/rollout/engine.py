@@ -44,8 +44,8 @@ class RolloutEngine:
     activations has its scale. Log-probs are those of the model so rounded, which is what was
     sampled from; the trainer's differ, and `losses.mismatch_weights` corrects for that. It keeps
     int8 copies of these weights, `int8_nbytes` in all, quantized again when the weights change.
-    Embedding, norms, attention and adapters are as without it. Raises `ValueError` for another
-    scheme or a model that cannot have it.
+    Embedding, norms, attention and adapters are as without it. Another scheme raises `ValueError`,
+    and so do, when they are used, a model that cannot have it and weights with NaN or infinities.
     """
 
     def __init__(
@@ -87,7 +87,6 @@ class RolloutEngine:
         """Bytes of int8 copies of weights, none before the first use."""
         return self._int8.nbytes if self._int8 else 0
 
-    @torch.no_grad()
     def _find_decoder(self, version: int) -> Decodes | None:
         """The native decoder of the model as it is now, at a weight_version, or None."""
         if (places := self._version.places()) != self._made_for:
@@ -98,6 +97,7 @@ class RolloutEngine:
             self._quantized, self._changed = version, False
         return self._decoder
 
+    @torch.no_grad()
     def _make_decoder(self, places: tuple) -> None:
         warned = self.fallback_reason is not None
         self._made_for = self._decoder = self._int8 = self._quantized = self.fallback_reason = None
@@ -123,7 +123,7 @@ class RolloutEngine:
                 warnings.warn(
                     f"rollouts decode through Hugging Face's slower forward: {error}",
                     RuntimeWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
         self._made_for = places
 
@@ -260,18 +260,12 @@ class RolloutEngine:
     ) -> Samples:
         """A token and its log-probs for each hidden state `[M, H]`.
 
-        seeds and positions `[M]` int64 decide the draw: equal ones draw alike.
+        seeds and positions `[M]` int64 decide the draw: equal ones draw alike. Raises `ValueError`
+        as `linear_sample` does.
         """
         head = lm_head(self.model)
         if self.scheme is None:
             return generation.draw(hidden, head, sampling, seeds, positions)
-        width = head.weight.shape[1]
-        for name, x in (("seeds", seeds), ("positions", positions)):
-            if hidden.shape != (len(x), width) or x.dtype != torch.int64:
-                raise ValueError(
-                    f"hidden must be [M, {width}] and {name} int64 of shape [M], got "
-                    f"{list(hidden.shape)} and {x.dtype} {list(x.shape)}"
-                )
         decoder, _ = self._native()
         assert isinstance(decoder, Decoder)
         return decoder.draw(hidden, head, sampling, seeds, positions)

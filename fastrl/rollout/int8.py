@@ -7,7 +7,7 @@ import torch
 from fastrl.kernels.native import module, pointer
 from fastrl.kernels.quant.cpu import Int8Rows
 from fastrl.kernels.quant.weight import PAD, check_width
-from fastrl.rollout.weights import version
+from fastrl.rollout.weights import glimpse, version
 
 
 class Int8Linears:
@@ -41,7 +41,7 @@ class Int8Linears:
         Raises `ValueError` for a weight that holds NaN or infinite values.
         """
         for name, layer in self._layers.items():
-            now = version(layer.weight)
+            now = version(layer.weight), glimpse([layer.weight])
             if everything or layer.weight.requires_grad or now != self._seen.get(name):
                 self._seen.pop(name, None)
                 if bad := self._rows[name].fill(layer.weight.detach()):

@@ -1,5 +1,6 @@
 """When the weights that rollouts were sampled from have changed."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -28,15 +29,23 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
     addresses = tuple(version(p)[0] for p in local)
     versions = tuple(version(p)[1] for p in local)
-    return Fingerprint((addresses, adapter_state(model)), versions, _glimpse(local))
+    return Fingerprint((addresses, adapter_state(model)), versions, glimpse(local))
 
 
-def _glimpse(parameters: list[Tensor]) -> int:
-    """A hash of a few numbers of each: PyTorch's fused optimizers write past autograd."""
+def glimpse(parameters: Sequence[Tensor]) -> int:
+    """A hash of a few numbers of each that is on a CPU: PyTorch's fused optimizers write past
+    autograd. 0 without the native extension."""
     if native.why_missing:
         return 0
-    seen = [p for p in parameters if p.device.type == "cpu" and p.is_contiguous()]
+    seen = [p for p in parameters if p.device.type == "cpu" and _readable(p)]
     return native.module().glimpse([p.data_ptr() for p in seen], [p.nbytes for p in seen])
+
+
+def _readable(p: Tensor) -> bool:
+    """Whether all its bytes are at its address: a wrapper of other tensors has none there."""
+    if not p.is_contiguous() or p.data_ptr() == 0:
+        return False
+    return p.untyped_storage().nbytes() >= p.storage_offset() * p.itemsize + p.nbytes
 
 
 class WeightVersion:

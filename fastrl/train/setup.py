@@ -121,7 +121,7 @@ def check_sampling(model: nn.Module, scheme: Literal["int8"]) -> None:
     try:
         RolloutEngine(model, scheme=scheme).prefill([0])
     except ValueError as error:
-        raise ConfigError(f"rollout_{error}") from None
+        raise ConfigError(f"rollout_scheme={scheme!r} cannot be: {error}") from None
 
 
 def check_scheme(model: nn.Module, setting: str) -> None:

@@ -248,6 +248,22 @@ def _check_kernel(tensors: dict[str, Tensor], temperature: float | Tensor = 1.0)
         )
 
 
+def check_draws(
+    hidden: Tensor,
+    weight: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> None:
+    """Raise ValueError for tensors of `linear_sample` that do not fit."""
+    _check_linear(hidden, weight, bias, softcap)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
+    _check_target(seeds, hidden.shape[:-1], "seeds")
+    _check_target(positions, hidden.shape[:-1], "positions")
+
+
 @torch.no_grad()
 def linear_sample(
     hidden: Tensor,
@@ -282,11 +298,7 @@ def linear_sample(
     decides. Truncation is plain PyTorch then, whatever `impl` draws without, and holds the slice's
     logits of as many rows as fit in 128 MB. Raises `ValueError` on every rank where they disagree.
     """
-    _check_linear(hidden, weight, bias, softcap)
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
-    _check_target(seeds, hidden.shape[:-1], "seeds")
-    _check_target(positions, hidden.shape[:-1], "positions")
+    check_draws(hidden, weight, seeds, positions, bias, softcap)
     if temperature < 0:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
     if top_k < 0:

@@ -29,10 +29,10 @@ class Int8Rows(NamedTuple):
 
     def fill(self, weight: Tensor) -> int:
         """Quantize a weight into these; how many rows hold a NaN or an infinity."""
-        columns = weight.shape[1]
+        weight, columns = weight.contiguous(), weight.shape[1]
         whole = columns == self.data.shape[1]
         data = self.data if whole else torch.empty(weight.shape, dtype=torch.int8)
-        args = _rows_args(weight.contiguous(), data, self.scale, self.sums)
+        args = _rows_args(weight, data, self.scale, self.sums)
         module().quantize_rows_cpu(args, threads())
         if not whole:
             self.data[:, :columns] = data
