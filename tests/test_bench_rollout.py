@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fastrl import bench
-from fastrl.bench import bench_rollout, child, report
+from fastrl.bench import bench_rollout, child, report, rollout_models
 from fastrl.bench.bench_rollout import BARE, FIRST, HEAD, WHOLE
 from fastrl.bench.race import Variant
 from fastrl.kernels import native
@@ -27,11 +27,11 @@ def case():
 
 
 def test_parameters_are_counted():
-    for name in bench_rollout.MODELS:
+    for name in rollout_models.MODELS:
         shape = RACE.complete({"model": name, "layers": 1})
         with torch.device("meta"):
-            model = bench_rollout.build(shape)
-        layers, head, _ = bench_rollout.weights(shape)
+            model = rollout_models.build(shape)
+        layers, head, _ = rollout_models.weights(shape)
         matrices = [p.numel() for p in model.model.layers.parameters() if p.dim() == 2]
         assert sum(matrices) == layers and model.lm_head.weight.numel() == head
 
@@ -72,7 +72,7 @@ def test_figures_by_hand(case):
     assert [ours[f"{k} ms"] for k in ("prefill", "step", "attention", "products", "head")] == [
         pytest.approx(x) for x in (1800, 1000, 500, 300, 200)
     ]
-    layers, head, size = bench_rollout.weights(shape)
+    layers, head, size = rollout_models.weights(shape)
     # 8 positions of the prompt and half of 2 x 5; in each 4 layers of 2 x 2 heads of 32 floats.
     assert ours["GB/s"] == pytest.approx(((layers + head) * 4 + 13 * 4 * 128 * 4) / 1e9)
     assert size == 4
@@ -159,7 +159,7 @@ def test_llamacpp_in_fewer_bits_is_near(kind, dtype):
 
 def test_llamacpp_has_the_heads_of_a_llama_in_its_own_order():
     variant = llamacpp()
-    sizes = bench_rollout.TINY | {"num_hidden_layers": 2, "initializer_range": 0.1}
+    sizes = rollout_models.TINY | {"num_hidden_layers": 2, "initializer_range": 0.1}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes | bench_rollout.COMMON)).eval()
     case = bench_rollout.Case(model, [[3, 5, 4, 9, 16, 7, 2]], 2, 8)
@@ -179,7 +179,7 @@ def test_llamacpp_refuses_what_it_cannot_have(case, tmp_path):
     with pytest.raises(ValueError, match="the model is a gpt2; it may be one of llama, qwen2"):
         write(other, tmp_path / "x.gguf", "F32")
     config = LlamaConfig(
-        **bench_rollout.TINY | {"num_hidden_layers": 1},
+        **rollout_models.TINY | {"num_hidden_layers": 1},
         rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
     )
     with pytest.raises(ValueError, match="rope_type='linear' is not written"):
