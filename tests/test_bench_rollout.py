@@ -161,7 +161,7 @@ def test_llamacpp_has_the_heads_of_a_llama_in_its_own_order():
     variant = llamacpp()
     sizes = rollout_models.TINY | {"num_hidden_layers": 2, "initializer_range": 0.1}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes | bench_rollout.COMMON)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**sizes | rollout_models.COMMON)).eval()
     case = bench_rollout.Case(model, [[3, 5, 4, 9, 16, 7, 2]], 2, 8)
     got = case.exported(**variant.function.keywords).logits(case.prompts[0])
     with torch.no_grad():
