@@ -10,6 +10,7 @@ from fastrl.models import backbone, completion_logprobs
 from fastrl.rollout import RolloutEngine, SamplingParams
 from fastrl.rollout.architecture import UnsupportedModel
 from fastrl.rollout.decoder import PREFILL_ROWS, Decoder
+from fastrl.rollout.weights import fingerprint
 
 pytestmark = pytest.mark.skipif(bool(native.why_missing), reason=native.why_missing)
 FREE = {"ignore_eos": True}
@@ -171,6 +172,15 @@ def test_branches_need_the_weights_they_were_made_under():
     model(torch.tensor([[3, 4]])).logits.logsumexp(-1).sum().backward()
     optimizer.step()
     assert engine.weight_version == 4
+
+
+def test_weights_without_memory_have_a_fingerprint():
+    layer = torch.nn.Linear(64, 64)
+    layer.weight.data.untyped_storage().resize_(0)
+    before = fingerprint(layer)
+    with torch.no_grad():
+        layer.bias.data.add_(1)
+    assert fingerprint(layer) != before
 
 
 def test_what_is_not_known_is_refused():
