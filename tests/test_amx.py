@@ -12,6 +12,7 @@ import pytest
 
 from fastrl.kernels import native
 
+pytestmark = pytest.mark.slow  # compiles another module
 ROOT = Path(__file__).resolve().parent.parent
 # Emulated tiles take minutes for a matrix of many rows and no depth, for the largest grids, and for
 # whole models: of these bf16 alone (the second dtype), which is what tiles multiply.
