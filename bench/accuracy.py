@@ -35,9 +35,11 @@ class Truth:
     reference: dict[str, float]
     own: float
 
-    def errors(self, out: dict, grad_hidden, grad_weight) -> dict[str, float]:
+    def errors(self, out: dict, grad_hidden, grad_weight=None) -> dict[str, float]:
         """Of each result, and of `ignored` rows, whose results and gradients have to be 0."""
-        got = {"grad_hidden": grad_hidden[self.rows], "grad_weight": grad_weight[self.words]}
+        got = {"grad_hidden": grad_hidden[self.rows]}
+        if grad_weight is not None:
+            got["grad_weight"] = grad_weight[self.words]
         for name, value in out.items():
             if value.dim():
                 got[name] = value.detach()[self.rows]

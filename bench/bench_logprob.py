@@ -2,7 +2,8 @@
 
 Each variant is `f(hidden [N, H], weight [V, H], target [N], entropy) -> {"logprob": [N], ...}` in
 nats, 0 where the target is -100, with "entropy" where it is asked for and on offer. The gradient is
-that of the sum of the log-probs, and entropies. The gate is accuracy.py.
+that of the sum of the log-probs, and entropies: of hidden and weight, or, where the weight is
+frozen as under LoRA, of hidden alone. The gate is accuracy.py.
 """
 
 import itertools
@@ -111,7 +112,7 @@ PEERS = [(252, 128, 507), (1530, 2048, 32256), (2169, 896, 151936), (1937, 3584,
 class Logprob(Race):
     op = "logprob"
     about = "log-probs [N] from hidden [N, H] and lm-head [V, H]"
-    defaults = {**point(2048, 896, 151936), "workspace_mb": None}
+    defaults = {**point(2048, 896, 151936), "workspace_mb": None, "frozen": False}
     grids = {
         "quick": [point(128, 896, 32000)],
         "default": [
@@ -126,6 +127,9 @@ class Logprob(Race):
         ],
         "issue": [
             point(n, 896, 151936, d, i) for n in (16, 2048) for d in DTYPES for i in (0.0, 0.5)
+        ],
+        "frozen": [
+            point(n, 896, 151936, d) | {"frozen": True} for n in (16, 256, 2048) for d in DTYPES
         ],
         "full": [
             point(n, h, v, d, i, e)
@@ -174,7 +178,11 @@ class Logprob(Race):
         weight = torch.empty(v, h, dtype=dtype).normal_(std=2 / h**0.5, generator=g).to(device)
         target = torch.randint(v, (n,), generator=g)
         target[torch.randperm(n, generator=g)[: n - _counted(shape)]] = IGNORE
-        inputs = hidden.requires_grad_(), weight.requires_grad_(), target.to(device)
+        inputs = (
+            hidden.requires_grad_(),
+            weight.requires_grad_(not shape["frozen"]),
+            target.to(device),
+        )
         return *inputs, shape["entropy"], shape["workspace_mb"]
 
     def call(self, variant, inputs, mode):
@@ -186,7 +194,8 @@ class Logprob(Race):
         def both():
             out = function(*arguments)
             loss = sum(out[name].sum() for name in ("logprob", "entropy") if name in out)
-            return out, *torch.autograd.grad(loss, arguments[:2])
+            wanted = [x for x in arguments[:2] if x.requires_grad]
+            return out, *torch.autograd.grad(loss, wanted)
 
         return both if mode == BOTH else torch.no_grad()(partial(function, *arguments))
 
@@ -213,15 +222,19 @@ class Logprob(Race):
         """2NHV operations forward; the backward has two products of its own and computes the
 
         logits again, except for the share of them that the workspace keeps. Forward W and hidden
-        are read once; with the backward twice, and each of their gradients is written once.
+        are read once; with the backward twice, and each of their gradients is written once. With W
+        frozen there is a product for the logits and one for hidden's gradient, and W is read once.
         """
         n, h, v = _counted(shape), shape["H"], shape["V"]
         room = 60.0 if shape["workspace_mb"] is None else shape["workspace_mb"]
         kept = min(1.0, room * 2**20 / (2.25 * n * v))
         both = mode == BOTH
         itemsize = 4 if shape["dtype"] == "float32" else 2
-        operations = 2.0 * n * h * v * (4 - kept if both else 1)
-        return Work(operations, float((v + n) * h * itemsize * (3 if both else 1)), shape["dtype"])
+        if shape["frozen"]:
+            products, numbers = (2, v + 2 * n) if both else (1, v + n)
+        else:
+            products, numbers = (4 - kept, 3 * (v + n)) if both else (1, v + n)
+        return Work(2.0 * n * h * v * products, float(numbers * h * itemsize), shape["dtype"])
 
 
 def _counted(shape) -> int:

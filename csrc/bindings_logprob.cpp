@@ -55,8 +55,13 @@ Workspace workspace(int64_t limit, Address kept, int64_t kept_bytes) {
 }
 
 LogprobForwardArgs forward_args(const LinearArgs& linear, const Workspace& workspace,
-                                Address logprob, Address lse, Address entropy) {
-  return {linear, workspace, pointer<float>(logprob), pointer<float>(lse), pointer<float>(entropy)};
+                                Address logprob, Address lse, Address entropy, Address means) {
+  return {linear,
+          workspace,
+          pointer<float>(logprob),
+          pointer<float>(lse),
+          pointer<float>(entropy),
+          pointer<float>(means)};
 }
 
 SampleArgs sample_args(const LinearArgs& linear, Address seeds, Address positions, bool greedy,
@@ -75,7 +80,7 @@ SampleArgs sample_args(const LinearArgs& linear, Address seeds, Address position
 }
 
 LogprobBackwardArgs backward_args(const LinearArgs& linear, const Workspace& workspace,
-                                  Address logprob, Address lse, Address entropy,
+                                  Address logprob, Address lse, Address entropy, Address means,
                                   Address grad_logprob, Address grad_lse, Address grad_entropy,
                                   Address grad_hidden, Address grad_weight, Address grad_bias) {
   return {linear,
@@ -83,6 +88,7 @@ LogprobBackwardArgs backward_args(const LinearArgs& linear, const Workspace& wor
           pointer<const float>(logprob),
           pointer<const float>(lse),
           pointer<const float>(entropy),
+          pointer<const float>(means),
           pointer<const float>(grad_logprob),
           pointer<const float>(grad_lse),
           pointer<const float>(grad_entropy),

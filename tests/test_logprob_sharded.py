@@ -53,8 +53,15 @@ def _sharded_weight(rank, impl, dtype):
             assert gradient.to_local().shape == source.to_local().shape
             tolerance = 1e-5 if gradient.dtype == torch.float32 else 1e-2
             assert distance(gradient.full_tensor(), mean) < tolerance
-    frozen = linear_logprob(x, weight.detach(), target[rank], bias=bias.detach(), impl=impl)
-    assert torch.equal(torch.autograd.grad(frozen.logprob.sum(), x)[0], of_hidden)
+    frozen = [(weight.detach(), bias.detach())]
+    frozen += [tuple(y.full_tensor() for y in frozen[0])]
+    of_hidden = [
+        torch.autograd.grad(linear_logprob(x, w, target[rank], bias=b, impl=impl).logprob.sum(), x)[
+            0
+        ]
+        for w, b in frozen
+    ]
+    assert torch.equal(*of_hidden)
     # Gathered and computed in another dtype than it is kept in.
     cast = linear_logprob(hidden[rank].bfloat16(), weight.bfloat16(), target[rank], impl=impl)
     cast.logprob.sum().backward()

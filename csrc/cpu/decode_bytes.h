@@ -25,7 +25,7 @@ class Operand<Int8> {
   }
 
   auto vector(int64_t v, int64_t depth) const { return floats_.vector(v, depth); }
-  PanelView<float> unrounded(int64_t p, int64_t depth) const { return floats_.panel(p, depth); }
+  PanelView<float> unrounded(int64_t p, int64_t depth) const { return floats_.unrounded(p, depth); }
   Panel panel(int64_t p, int64_t depth) const {
     const int vectors = lanes_.vectors(p);
     return {{start(p, depth), word_columns(vectors), vectors}, scale_.get() + p * kPanel};

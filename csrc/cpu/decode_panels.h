@@ -95,10 +95,12 @@ class Operand {
     return lanes_.vectors(p) * kLanes;
   }
   Panel panel(int64_t p, int64_t depth) const {
+    return {start(p, depth), columns(p), lanes_.vectors(p), lanes_.rows - p * kPanel};
+  }
+  // What products of Kind::OfFloats read, blocks of any size.
+  Panel unrounded(int64_t p, int64_t depth) const {
     return {start(p, depth), columns(p), lanes_.vectors(p)};
   }
-  // What products of Kind::OfFloats read.
-  Panel unrounded(int64_t p, int64_t depth) const { return panel(p, depth); }
 
   // put(k, even, odd), which keeps features k and k + 1 of vector v.
   auto vector(int64_t v, int64_t depth) const {
@@ -152,7 +154,8 @@ class Bias {
   const Parameters bias_;
 };
 
-// A block of rows of a matrix times a panel, z[kBlock, kPanel].
+// A block of rows of a matrix times a panel, z[kBlock, kPanel], of which no more is written than
+// there are rows where the panel does not say how many tokens it has.
 template <class Kind>
 class BlockProduct {
  public:
@@ -166,6 +169,12 @@ class BlockProduct {
   void with(const PanelView<typename Kind::Element>& panel, float* z) const {
     const int64_t stride = w_.stride * bytes(w_.type);
     const EvenRows rows = {static_cast<const char*>(w_.weight) + r0_ * stride, stride};
+    if constexpr (std::is_same_v<Kind, Floats>) {
+      if (panel.vectors == 1) {
+        multiply_few(rows, w_.type, n_, w_.depth, panel, z);
+        return bias_.add(r0_, n_, panel.vectors, z);
+      }
+    }
     multiply_streamed<Kind>(rows, w_.type, n_, w_.depth / Kind::kStep, panel, z);
     bias_.add(r0_, n_, panel.vectors, z);
   }

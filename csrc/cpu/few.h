@@ -27,12 +27,12 @@ inline void store_turned(const Vec (&sum)[T], float* c) {
   }
 }
 
-// C[rows x kPanel] = A * panel for at most kBlock rows of `type` and a panel [depth][T]: the sums
+// C[rows x kPanel] = A * panel for at most kBlock rows of `type` and T columns of a panel: the sums
 // of so few tokens stay in registers beside what is turned. Each row is read in order and asked for
 // a few lines ahead, which the CPU's own prefetching then follows.
 template <int T, Float type>
 __attribute__((noinline)) void multiply_fewest(const EvenRows& a, int rows, int64_t steps,
-                                               const float* panel, float* c) {
+                                               const float* panel, int64_t columns, float* c) {
   constexpr int64_t size = bytes(type), kAhead = 256;
   constexpr int64_t kTogether = type == Float::bf16 ? 2 * kLanes : kLanes;
   for (int r0 = 0; r0 < rows; r0 += kLanes) {
@@ -47,7 +47,7 @@ __attribute__((noinline)) void multiply_fewest(const EvenRows& a, int rows, int6
       for (int t = 0; t < T; ++t) {
         sum[t] = fma(w, splat(x[t]), sum[t]);
       }
-      x += T;
+      x += columns;
     };
     const auto finish = [&](int64_t k) {
       for (int t = 0; t < T; ++t) {
@@ -104,14 +104,14 @@ __attribute__((noinline)) void multiply_fewest(const EvenRows& a, int rows, int6
 
 template <int T>
 void multiply_fewest(const EvenRows& a, Float type, int rows, int64_t steps, const float* panel,
-                     float* c) {
+                     int64_t columns, float* c) {
   const auto run = type == Float::f32    ? multiply_fewest<T, Float::f32>
                    : type == Float::bf16 ? multiply_fewest<T, Float::bf16>
                                          : multiply_fewest<T, Float::f16>;
-  run(a, rows, steps, panel, c);
+  run(a, rows, steps, panel, columns, c);
 }
 
-// Columns of a panel of `tokens` as multiply_few reads it: those that there is a product for.
+// Columns of a panel of `tokens` that multiply_few reads: those that there is a product for.
 inline int columns_of_few(int64_t tokens, Float type) {
   const int most = type == Float::bf16 ? kFewest / 2 : kFewest;  // half the bytes to wait for
   int columns = 1;
@@ -121,18 +121,19 @@ inline int columns_of_few(int64_t tokens, Float type) {
   return columns <= most ? columns : kLanes;
 }
 
-// C[rows x kPanel] = A * panel for at most kBlock rows of `type` and a panel [depth][columns].
-inline void multiply_few(const EvenRows& a, Float type, int rows, int64_t steps, const float* panel,
-                         int64_t tokens, float* c) {
-  const int columns = columns_of_few(tokens, type);
+// C[rows x kPanel] = A * panel for at most kBlock rows of `type` and a panel of one vector. Of C
+// whole vectors of rows are written.
+inline void multiply_few(const EvenRows& a, Float type, int rows, int64_t steps,
+                         const PanelView<float>& panel, float* c) {
+  const int columns = columns_of_few(panel.tokens, type);
   if (columns == kLanes) {
-    return multiply_streamed<Floats>(a, type, rows, steps, {panel, columns, 1}, c);
+    return multiply_streamed<Floats>(a, type, rows, steps, panel, c);
   }
   const auto run = columns == 1   ? multiply_fewest<1>
                    : columns == 2 ? multiply_fewest<2>
                    : columns == 4 ? multiply_fewest<4>
                                   : multiply_fewest<kFewest>;
-  run(a, type, rows, steps, panel, c);
+  run(a, type, rows, steps, panel.data, panel.columns, c);
 }
 
 }  // namespace

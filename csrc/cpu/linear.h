@@ -124,7 +124,7 @@ class Tokens : public TokenRange {
     const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
     if constexpr (Kind::kStep == 1) {
       if (vectors == 1) {  // few tokens: reading the weight is what takes time
-        multiply_few(even, type(), n, steps_, panel, in_panel(p), z);
+        multiply_few(even, type(), n, steps_, {panel, columns(p), 1, in_panel(p)}, z);
       } else if (panels() == 1) {
         multiply_streamed<Kind>(even, type(), n, steps_, {panel, columns(p), vectors}, z);
       } else {

@@ -10,66 +10,139 @@
 //     ...         |
 //                 v  max, sum exp(z - max), sum (z - max) exp(z - max)
 //
-// logprob_backward.h is the way back.
+// logprob_backward.h is the way back, or logprob_means.h where hidden's gradient alone is wanted.
 #include "logprob.h"
 
-#include "logprob_backward.h"
+#include "logprob_means.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
 template <class Kind>
-void forward(const LogprobForwardArgs& args, int threads) {
-  const LinearArgs& a = args.linear;
-  const int64_t capacity = tokens_at_once<Kind>(a);
-  const int64_t chunk = chunk_rows(a.vocab), chunks = ceil_div(a.vocab, chunk);
-  const int64_t panels = ceil_div(capacity, kPanel);
-  const Plan plan = make_plan<Kind>(a, args.workspace);
-  Tokens<Kind> tokens(a, capacity);
-  Buffer<Running> running(chunks * panels);
-  Buffer<float> at_target(panels * kPanel), inv_temperature(panels * kPanel);
+class Forward {
+ public:
+  Forward(const LogprobForwardArgs& args, int threads)
+      : args_(args),
+        a_(args.linear),
+        threads_(threads),
+        capacity_(tokens_at_once<Kind>(a_)),
+        panels_(ceil_div(capacity_, kPanel)),
+        chunk_(chunk_rows(a_.vocab)),
+        chunks_(ceil_div(a_.vocab, chunk_)),
+        plan_(make_plan<Kind>(a_, args.workspace)),
+        tokens_(a_, capacity_),
+        running_(chunks_ * panels_),
+        at_target_(panels_ * kPanel),
+        inv_temperature_(panels_ * kPanel) {}
 
-  for (int64_t first = 0; first < a.rows; first += capacity) {
-    tokens.pack(first, std::min(capacity, a.rows - first), threads);
-    std::fill_n(inv_temperature.get(), panels * kPanel, 0.0f);
-    for (int64_t t = 0; t < tokens.count(); ++t) {
-      inv_temperature[t] = a.inv_temperature[a.row(first + t)];
+  void run() {
+    if (args_.means == nullptr) {
+      return walk_tokens([&] { fold_chunks(0, chunks_, [](auto...) {}); }, [](auto...) {});
     }
+    const Means<Kind> means(args_, tokens_, capacity_, chunk_, threads_);
+    const auto fold = [&] {
+      means.start();
+      if (means.few()) {
+        return means.add_chunks_of_few([&](int64_t c, auto take) {
+          fold_chunk(c, 0, tokens_.panels(), [&](int64_t at, int n, int64_t p, float* z) {
+            means.exponentiate(c * chunk_ + at, n, p, inv_temperature(p), z);
+            take(at, n, p, z);
+          });
+        });
+      }
+      for (int64_t c0 = 0; c0 < chunks_; c0 += means.together()) {
+        const int64_t count = std::min(means.together(), chunks_ - c0);
+        fold_chunks(c0, count, [&](int64_t c, int64_t at, int n, int64_t p, float* z) {
+          means.exponentiate(c * chunk_ + at, n, p, inv_temperature(p), z);
+          means.keep(c - c0, at, n, p, z);
+        });
+        means.add_chunks(c0, count);
+      }
+    };
+    walk_tokens(fold, [&](int64_t t, float lse) { means.finish(t, lse); });
+  }
+
+ private:
+  template <class Fold, class Finish>
+  void walk_tokens(Fold fold, Finish finish) {
+    for (int64_t first = 0; first < a_.rows; first += capacity_) {
+      tokens_.pack(first, std::min(capacity_, a_.rows - first), threads_);
+      std::fill_n(inv_temperature_.get(), panels_ * kPanel, 0.0f);
+      for (int64_t t = 0; t < tokens_.count(); ++t) {
+        inv_temperature_[t] = a_.inv_temperature[a_.row(first + t)];
+      }
+      fold();
+      parallel_for(tokens_.panels(), threads_, [&](int64_t p) {
+        for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+          const Merged all = merge(running_.get() + p, chunks_, panels_, i);
+          const int64_t t = p * kPanel + i, row = a_.row(first + t);
+          args_.lse[row] = all.max + all.log_sum;
+          args_.logprob[row] = at_target_[t] - all.max - all.log_sum;
+          args_.entropy[row] = all.log_sum - all.weighted / all.sum;
+          finish(t, args_.lse[row]);
+        }
+      });
+    }
+  }
+
+  // Chunks of the logits into the statistics; take(c, at, n, p, z) has each block besides.
+  template <class Take>
+  void fold_chunks(int64_t c0, int64_t count, Take take) const {
     // Which tokens a task takes changes who computes, not what.
-    const int64_t groups = std::min(tokens.panels(), ceil_div(4 * threads, chunks));
-    const int64_t per_group = ceil_div(tokens.panels(), groups);
-    parallel_for(chunks * groups, threads, [&](int64_t task) {
-      const int64_t c = task / groups, p0 = task % groups * per_group;
-      const int64_t p1 = std::min(p0 + per_group, tokens.panels());
-      Buffer<float> z(kBlock * kPanel), scratch(kBlock * a.width);
-      const int64_t end = std::min((c + 1) * chunk, a.vocab);
-      for (int64_t v0 = c * chunk; v0 < end; v0 += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - v0));
-        const Rows rows = tokens.weight_rows(v0, n, scratch.get());
-        for (int64_t p = p0; p < p1; ++p) {
-          tokens.logits(rows, v0, n, p, z.get());
-          fold(z.get(), n, tokens.vectors(p), inv_temperature.get() + p * kPanel, v0 == c * chunk,
-               running[c * panels + p],
-               plan.kept_block<Kind>(args.workspace.kept, v0, first / kPanel + p));
-          for (int64_t i = 0; i < tokens.in_panel(p); ++i) {
-            const int64_t t = p * kPanel + i, v = a.target[a.row(first + t)] - v0;
-            if (v >= 0 && v < n) {
-              at_target[t] = z[v * kPanel + i] * inv_temperature[t];
-            }
+    const int64_t groups = std::min(tokens_.panels(), ceil_div(4 * threads_, count));
+    const int64_t per_group = ceil_div(tokens_.panels(), groups);
+    parallel_for(count * groups, threads_, [&](int64_t task) {
+      const int64_t c = c0 + task / groups, p0 = task % groups * per_group;
+      fold_chunk(c, p0, std::min(p0 + per_group, tokens_.panels()),
+                 [&](int64_t at, int n, int64_t p, float* z) { take(c, at, n, p, z); });
+    });
+  }
+
+  // Panels [p0, p1) of it; take(at, n, p, z) has the n rows from row `at` of the chunk on.
+  template <class Take>
+  void fold_chunk(int64_t c, int64_t p0, int64_t p1, Take take) const {
+    Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
+    const int64_t first = c * chunk_, rows_of_chunk = std::min(chunk_, a_.vocab - first);
+    for (int64_t at = 0; at < rows_of_chunk; at += kBlock) {
+      const int64_t v0 = first + at;
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows_of_chunk - at));
+      const Rows rows = tokens_.weight_rows(v0, n, scratch.get());
+      for (int64_t p = p0; p < p1; ++p) {
+        tokens_.logits(rows, v0, n, p, z.get());
+        fold(z.get(), n, tokens_.vectors(p), inv_temperature(p), at == 0, running_[c * panels_ + p],
+             plan_.template kept_block<Kind>(args_.workspace.kept, v0,
+                                             tokens_.first() / kPanel + p));
+        for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+          const int64_t t = p * kPanel + i, v = a_.target[a_.row(tokens_.first() + t)] - v0;
+          if (v >= 0 && v < n) {
+            at_target_[t] = z[v * kPanel + i] * inv_temperature_[t];
           }
         }
+        take(at, n, p, z.get());
       }
-    });
-    parallel_for(tokens.panels(), threads, [&](int64_t p) {
-      for (int64_t i = 0; i < tokens.in_panel(p); ++i) {
-        const Merged all = merge(running.get() + p, chunks, panels, i);
-        const int64_t t = p * kPanel + i, row = a.row(first + t);
-        args.lse[row] = all.max + all.log_sum;
-        args.logprob[row] = at_target[t] - all.max - all.log_sum;
-        args.entropy[row] = all.log_sum - all.weighted / all.sum;
-      }
-    });
+    }
+  }
+
+  const float* inv_temperature(int64_t p) const { return inv_temperature_.get() + p * kPanel; }
+
+  const LogprobForwardArgs& args_;
+  const LinearArgs& a_;
+  const int threads_;
+  const int64_t capacity_, panels_;
+  const int64_t chunk_, chunks_;
+  const Plan plan_;
+  Tokens<Kind> tokens_;
+  Buffer<Running> running_;
+  Buffer<float> at_target_, inv_temperature_;
+};
+
+template <class Kind>
+void backward(const LogprobBackwardArgs& args, int threads) {
+  if (args.means) {
+    backward_from_means<Kind>(args, threads);
+  } else {
+    Backward<Kind>(args, threads).run();
   }
 }
 
@@ -79,20 +152,20 @@ void linear_logprob_fwd(const LogprobForwardArgs& args, int threads) {
   threads = worth_waking(args.linear, threads);
 #ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
-    return forward<Pairs>(args, threads);
+    return Forward<Pairs>(args, threads).run();
   }
 #endif
-  forward<Floats>(args, threads);
+  Forward<Floats>(args, threads).run();
 }
 
 void linear_logprob_bwd(const LogprobBackwardArgs& args, int threads) {
   threads = worth_waking(args.linear, threads);
 #ifdef FASTRL_PAIRS
   if (use_pairs(args.linear)) {
-    return Backward<Pairs>(args, threads).run();
+    return backward<Pairs>(args, threads);
   }
 #endif
-  Backward<Floats>(args, threads).run();
+  backward<Floats>(args, threads);
 }
 
 }  // namespace FASTRL_ISA

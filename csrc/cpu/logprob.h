@@ -38,16 +38,24 @@ struct Workspace {
   int64_t kept_bytes;  // at most
 };
 
+// Where hidden's gradient alone is wanted, the forward can leave what it is made of, and the
+// backward multiplies nothing:
+//
+//   means = sum_{v != target} softmax(z)_v dz_v/dx_v weight_v        [..., H] floats
+//
+// with dz/dx a cap's derivative, before the temperature and the logit scale. Of the target there is
+// nothing in it: 1 - p would be lost where p is nearly 1.
 struct LogprobForwardArgs {
   LinearArgs linear;
-  Workspace workspace;             // limit 0 where no backward follows
+  Workspace workspace;             // limit 0 where no backward follows, or one from the means
   float *logprob, *lse, *entropy;  // [...]
+  float* means;                    // or null
 };
 
 struct LogprobBackwardArgs {
   LinearArgs linear;
   Workspace workspace;                                  // the forward's
-  const float *logprob, *lse, *entropy;                 // [...], what the forward gave
+  const float *logprob, *lse, *entropy, *means;         // [...], what the forward gave
   const float *grad_logprob, *grad_lse, *grad_entropy;  // [...]
   void* grad_hidden;  // [..., H] contiguous in hidden_type, or null
   void* grad_weight;  // [V, H] contiguous in weight_type, or null

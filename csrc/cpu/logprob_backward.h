@@ -12,7 +12,6 @@
 // has a walk of its own, some tokens at a time: five products in place of four.
 #pragma once
 
-#include "few_backward.h"
 #include "logprob_plan.h"
 #include "pages.h"
 
@@ -45,13 +44,13 @@ class Backward {
         want_weight_(args.grad_weight || args.grad_bias),
         one_walk_(want_weight_ && (plan_.one_walk || a_.hidden_type == Float::f32)),
         several_(a_.rows > plan_.capacity),
-        few_(plan_.few && enough_chunks()),
+        few_(plan_.few &&
+             enough_chunks(a_, ceil_div(a_.vocab, plan_.chunk), args.grad_hidden, threads)),
         tokens_(a_, plan_.capacity),
         upstream_(plan_.padded / kPanel),
         by_row_(few_ ? 0 : plan_.chunk * plan_.g_stride / Kind::kStep),
-        by_token_(few_ ? 0 : plan_.chunk / Kind::kStep * plan_.padded),
         hidden_(args.grad_weight ? plan_.padded / Kind::kStep * plan_.columns : 0),
-        weight_(args.grad_hidden && !few_ ? plan_.chunk / Kind::kStep * plan_.columns : 0),
+        weight_sums_(a_, plan_.padded, plan_.chunk, args.grad_hidden && !few_),
         grad_weight_(args.grad_weight && several_ ? plan_.chunk * a_.width : 0),
         sums_(args.grad_hidden && a_.hidden_type != Float::f32
                   ? (one_walk_ || few_ ? a_.rows : plan_.capacity) * a_.width
@@ -72,12 +71,6 @@ class Backward {
   }
 
  private:
-  // For each thread, of the vocabulary and of what their sums may take.
-  bool enough_chunks() const {
-    return (threads_ == 1 || ceil_div(a_.vocab, plan_.chunk) >= 2 * threads_) &&
-           (!args_.grad_hidden || 4 * threads_ * a_.rows * plan_.columns <= kFewSums);
-  }
-
   // grad_weight, grad_bias and, if asked, grad_hidden.
   void walk_vocabulary(bool hidden) {
     if (hidden) {
@@ -96,27 +89,17 @@ class Backward {
     }
   }
 
-  // All gradients, of few tokens: a thread takes a whole chunk. The sums of grad_hidden that some
-  // chunks leave are added in the order of these.
+  // All gradients, of few tokens: a thread takes a whole chunk.
   void walk_few() {
     take_tokens(0);
     start_sums(0, args_.grad_hidden ? a_.rows : 0);
-    const int64_t chunks = ceil_div(a_.vocab, plan_.chunk), size = a_.rows * plan_.columns;
-    const int64_t fit = kFewSums / 4 / size / threads_ * threads_;
-    const int64_t together = args_.grad_hidden ? std::min(fit, chunks) : chunks;
-    Buffer<float> of_chunks(args_.grad_hidden ? together * size : 0);
-    for (int64_t c0 = 0; c0 < chunks; c0 += together) {
-      const int64_t count = std::min(together, chunks - c0);
-      parallel_for(count, threads_,
-                   [&](int64_t i) { chunk_of_few(c0 + i, of_chunks.get() + i * size); });
-      parallel_for(args_.grad_hidden ? plan_.columns / kAcross : 0, threads_, [&](int64_t p) {
-        const int64_t width = std::min<int64_t>(kAcross, a_.width - p * kAcross);
-        for (int64_t i = 0; i < count * a_.rows; ++i) {
-          const int64_t t = i % a_.rows;
-          add(of_chunks.get() + i / a_.rows * size + (p * a_.rows + t) * kAcross, width,
-              sums(t) + p * kAcross);
-        }
-      });
+    const int64_t chunks = ceil_div(a_.vocab, plan_.chunk);
+    if (args_.grad_hidden) {
+      sum_chunks(
+          a_, chunks, threads_, [&](int64_t c, float* all) { chunk_of_few(c, all); },
+          [&](int64_t t) { return sums(t); });
+    } else {
+      parallel_for(chunks, threads_, [&](int64_t c) { chunk_of_few(c, nullptr); });
     }
     finish_sums(0, args_.grad_hidden ? a_.rows : 0);
   }
@@ -170,12 +153,6 @@ class Backward {
       return static_cast<float*>(args_.grad_hidden) + a_.row(token) * a_.width;
     }
     return sums_.get() + (one_walk_ ? token : t) * a_.width;
-  }
-
-  static void add(const float* from, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; ++i) {
-      to[i] += from[i];
-    }
   }
 
   void start_sums(int64_t first, int64_t count) const {
@@ -250,26 +227,15 @@ class Backward {
       differentiate(v0, n, weight && args_.grad_bias, z.get(), scratch.get(),
                     [&](int64_t p) { keep(in_chunk, n, p, z.get()); });
       if (hidden && pack_weight) {
-        const auto* from = static_cast<const char*>(a_.weight) +
-                           chunk_first * a_.weight_stride * bytes(a_.weight_type);
-        pack_rows(Kind(), from, a_.weight_stride, a_.weight_type, in_chunk, n, a_.width,
-                  plan_.chunk, weight_.get());
+        weight_sums_.pack(chunk_first, in_chunk, n);
       }
       if (weight && args_.grad_weight) {
         add_grad_weight(v0, in_chunk, n, z.get());
       }
     });
     if (hidden) {
-      // A few panels of the weight stay in L2 while G passes by; or one, and all of a small G.
-      const int64_t blocks = ceil_div(tokens_.count(), kBlock);
-      const int64_t width = (blocks > 8 ? 4 : 1) * 64, groups = ceil_div(a_.width, width);
-      const int64_t ranges = std::min(blocks, ceil_div(4 * threads_, groups));
-      parallel_for(groups * ranges, threads_, [&](int64_t task) {
-        const int64_t h0 = task / ranges * width, range = task % ranges;
-        for (int64_t b = range * blocks / ranges; b < (range + 1) * blocks / ranges; ++b) {
-          add_grad_hidden(b, rows, h0, std::min(h0 + width, a_.width));
-        }
-      });
+      weight_sums_.add_product(0, rows, tokens_.count(), threads_,
+                               [&](int64_t t) { return sums(t); });
     }
   }
 
@@ -370,8 +336,7 @@ class Backward {
     }
   }
 
-  // G as the two products read it, by vocabulary row and by token: read across, its rows would be a
-  // cache line, and a page, for each number.
+  // G as the two products read it, by vocabulary row and by token.
   void keep(int64_t in_chunk, int n, int64_t p, float* z) const {
     const int64_t tokens = tokens_.in_panel(p);
     if constexpr (Kind::kStep == 1) {
@@ -379,48 +344,15 @@ class Backward {
         float* to = by_row_.get() + (in_chunk + r) * plan_.g_stride + p * kPanel;
         std::memcpy(to, z + r * kPanel, tokens * sizeof(float));
       }
-      static_assert(kBlock % kLanes == 0, "what a tile has beyond the rows is the block's own");
-      for (int64_t at = 0; args_.grad_hidden && at < tokens; at += kLanes) {
-        float* to = by_token_.get() + (p * kPanel + at) * plan_.chunk + in_chunk;
-        for (int r0 = 0; r0 < n; r0 += kLanes) {
-          Vec tile[kLanes] = {};
-          for (int i = 0; i < std::min(kLanes, n - r0); ++i) {
-            tile[i] = load(z + (r0 + i) * kPanel + at);
-          }
-          transpose(tile);
-          for (int i = 0; i < kLanes; ++i) {
-            store(to + i * plan_.chunk + r0, tile[i]);
-          }
-        }
+      if (args_.grad_hidden) {
+        weight_sums_.keep(0, in_chunk, n, p, tokens, z);
       }
     } else {
       auto* by_row = reinterpret_cast<uint16_t*>(by_row_.get());
       by_row += in_chunk * plan_.g_stride + p * kPanel;
-      const uint16_t nothing[kLanes] = {};
-      for (int64_t at = 0; at < tokens; at += kLanes) {
-        for (int r = 0; tokens - at < kLanes && r < n; ++r) {
-          std::fill(z + r * kPanel + tokens, z + r * kPanel + at + kLanes, 0.0f);
-        }
-        for (int r = 0; r < n; ++r) {
-          Kind::keep(load(z + r * kPanel + at), by_row + r * plan_.g_stride + at);
-        }
-        for (int r0 = 0; r0 < n; r0 += 2 * kLanes) {
-          const int rows = std::min(n - r0, 2 * kLanes);
-          Vec pairs[kLanes] = {};  // of neighbouring rows, a token per lane
-          for (int r = 0; r < rows; r += 2) {
-            const uint16_t* even = by_row + (r0 + r) * plan_.g_stride + at;
-            pairs[r / 2] = Kind::pairs(even, r + 1 < rows ? even + plan_.g_stride : nothing);
-          }
-          transpose(pairs);
-          Element* to = by_token_.get() + ((p * kPanel + at) * plan_.chunk + in_chunk + r0) / 2;
-          for (int i = 0; i < kLanes; ++i, to += plan_.chunk / 2) {
-            if (kBlock - r0 >= 2 * kLanes) {
-              store(reinterpret_cast<float*>(to), pairs[i]);
-            } else {  // the next block's are behind
-              std::memcpy(to, &pairs[i], kBlock % (2 * kLanes) / 2 * sizeof(Element));
-            }
-          }
-        }
+      round_rows<Kind>(z, n, tokens, by_row, plan_.g_stride);
+      if (args_.grad_hidden) {
+        weight_sums_.keep(0, in_chunk, n, p, tokens, by_row, plan_.g_stride);
       }
     }
   }
@@ -465,27 +397,6 @@ class Backward {
     }
   }
 
-  // A block of tokens, columns [h0, h1).
-  void add_grad_hidden(int64_t b, int64_t rows_of_chunk, int64_t h0, int64_t h1) const {
-    const int64_t t0 = b * kBlock;
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, tokens_.count() - t0));
-    Rows rows;
-    rows.data = reinterpret_cast<const char*>(by_token_.get());
-    rows.stride = sizeof(Element);
-    for (int r = 0; r < kBlock; ++r) {
-      rows.row[r] = (t0 + std::min(r, n - 1)) * plan_.chunk * (4 / Kind::kStep);
-    }
-    Buffer<float> c(kBlock * kPanel);
-    for (int64_t h = h0; h < h1; h += kPanel) {
-      const int64_t width = std::min<int64_t>(kPanel, h1 - h);
-      multiply<Kind>(rows, n, ceil_div(rows_of_chunk, Kind::kStep),
-                     weight_.get() + h * plan_.chunk / Kind::kStep, kVectors, c.get());
-      for (int r = 0; r < n; ++r) {
-        add(c.get() + r * kPanel, width, sums(t0 + r) + h);
-      }
-    }
-  }
-
   const LogprobBackwardArgs& args_;
   const LinearArgs& a_;
   const int threads_;
@@ -496,9 +407,9 @@ class Backward {
   const bool few_;      // they are so few that a thread takes a whole chunk
   Tokens<Kind> tokens_;
   Buffer<Upstream> upstream_;
-  Buffer<Element> by_row_;    // G [chunk, tokens]
-  Buffer<Element> by_token_;  // and [tokens, chunk]
-  Buffer<Element> hidden_, weight_;
+  Buffer<Element> by_row_;  // G [chunk, tokens]
+  Buffer<Element> hidden_;
+  WeightSums<Kind> weight_sums_;
   Buffer<float> grad_weight_, sums_;
 };
 

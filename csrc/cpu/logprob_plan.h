@@ -3,13 +3,13 @@
 #pragma once
 
 #include "running.h"
+#include "weight_sums.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
 constexpr int64_t kFew = 64;  // tokens; with more, a product of its own for each gradient is faster
-constexpr int64_t kFewSums = 8 << 20;  // bytes of their chunks' sums of grad_hidden
 
 struct Plan {
   int64_t capacity, padded;  // tokens at a time, and these as whole panels

@@ -11,10 +11,11 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kChunks = 64;  // of the vocabulary
-
-// Vocabulary rows of a chunk: they depend on V alone, and so does what is summed with what.
-inline int64_t chunk_rows(int64_t vocab) { return round_up(ceil_div(vocab, kChunks), kBlock); }
+// Vocabulary rows of a chunk, which has running statistics of its own: they depend on V alone, and
+// so does what is summed with what.
+inline int64_t chunk_rows(int64_t vocab) {
+  return std::min<int64_t>(round_up(ceil_div(vocab, 64), kBlock), 768);
+}
 
 // Running maximum and, relative to it, sum of exponentials and of z times them; a lane per token.
 struct Running {

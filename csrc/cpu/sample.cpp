@@ -29,6 +29,8 @@ struct Best {
   int32_t token[kPanel];
 };
 
+constexpr int64_t kWalks = 64;  // of the vocabulary: each sets out with nothing to beat
+
 template <class Kind>
 class Sampler {
  public:
@@ -40,12 +42,14 @@ class Sampler {
         truncated_(!args.greedy && (top_k_ > 0 || args.top_p < 1.0 || args.min_p > 0.0)),
         chunk_(chunk_rows(a_.vocab)),
         chunks_(ceil_div(a_.vocab, chunk_)),
+        walk_(round_up(ceil_div(a_.vocab, kWalks), chunk_)),
+        walks_(ceil_div(a_.vocab, walk_)),
         stride_(round_up(a_.vocab, kBlock)),
         capacity_(at_once()),
         panels_(ceil_div(capacity_, kPanel)),
         tokens_(a_, capacity_),
         running_(chunks_ * panels_),
-        best_(truncated_ ? 0 : chunks_ * panels_),
+        best_(truncated_ ? 0 : walks_ * panels_),
         inv_temperature_(panels_ * kPanel),
         streams_(panels_ * kPanel),
         kept_(truncated_ ? capacity_ * stride_ : 0) {}
@@ -54,9 +58,9 @@ class Sampler {
     for (int64_t first = 0; first < a_.rows; first += capacity_) {
       take_tokens(first);
       // Which tokens a task takes changes who computes, not what.
-      const int64_t groups = std::min(tokens_.panels(), ceil_div(4 * threads_, chunks_));
+      const int64_t groups = std::min(tokens_.panels(), ceil_div(4 * threads_, walks_));
       const int64_t per_group = ceil_div(tokens_.panels(), groups);
-      parallel_for(chunks_ * groups, threads_, [&](int64_t task) {
+      parallel_for(walks_ * groups, threads_, [&](int64_t task) {
         const int64_t p0 = task % groups * per_group;
         walk(task / groups, p0, std::min(p0 + per_group, tokens_.panels()));
       });
@@ -88,23 +92,23 @@ class Sampler {
     return t - lane + lane % 2 * (kLanes / 2) + lane / 2;
   }
 
-  void walk(int64_t c, int64_t p0, int64_t p1) const {
+  void walk(int64_t w, int64_t p0, int64_t p1) const {
     Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
-    const int64_t end = std::min((c + 1) * chunk_, a_.vocab);
-    for (int64_t v0 = c * chunk_; v0 < end; v0 += kBlock) {
+    const int64_t end = std::min((w + 1) * walk_, a_.vocab);
+    for (int64_t v0 = w * walk_; v0 < end; v0 += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, end - v0));
       const Rows rows = tokens_.weight_rows(v0, n, scratch.get());
       for (int64_t p = p0; p < p1; ++p) {
         const float* inv_temperature = inv_temperature_.get() + p * kPanel;
-        const bool first = v0 == c * chunk_;
         tokens_.logits(rows, v0, n, p, z.get());
-        fold(z.get(), n, tokens_.vectors(p), inv_temperature, first, running_[c * panels_ + p]);
+        fold(z.get(), n, tokens_.vectors(p), inv_temperature, v0 % chunk_ == 0,
+             running_[v0 / chunk_ * panels_ + p]);
         if (truncated_) {
           keep(v0, n, p, z.get());
           continue;
         }
-        Best& best = best_[c * panels_ + p];
-        if (first) {
+        Best& best = best_[w * panels_ + p];
+        if (v0 == w * walk_) {
           start(p, v0, best);
         }
         for (int at = 0; at < tokens_.vectors(p) * kLanes; at += kLanes) {
@@ -191,8 +195,8 @@ class Sampler {
     float z = -kInfinity;
     if (!truncated_) {
       float value = -kInfinity;
-      for (int64_t c = 0; c < chunks_; ++c) {
-        const Best& best = best_[c * panels_ + p];
+      for (int64_t w = 0; w < walks_; ++w) {
+        const Best& best = best_[w * panels_ + p];
         if (best.value[i] > value) {
           value = best.value[i];
           z = best.z[i];
@@ -236,8 +240,9 @@ class Sampler {
   const int threads_;
   const int64_t top_k_;
   const bool truncated_;
-  const int64_t chunk_, chunks_;
-  const int64_t stride_;  // of the kept rows
+  const int64_t chunk_, chunks_;  // of the statistics
+  const int64_t walk_, walks_;    // chunks that a thread takes in one go, with one best logit
+  const int64_t stride_;          // of the kept rows
   const int64_t capacity_, panels_;
   Tokens<Kind> tokens_;
   Buffer<Running> running_;

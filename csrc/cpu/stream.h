@@ -26,6 +26,7 @@ struct PanelView {
   const Element* data;
   int64_t columns;
   int vectors;
+  int64_t tokens = kPanel;  // in the columns, at most
 };
 
 // Sums of two slices of depth.

@@ -90,7 +90,8 @@ def _readable_bias(bias: Tensor | None) -> Tensor | None:
 
 
 def _workspace(p: Problem, kept: Tensor):
-    return module().workspace(p.workspace, pointer(kept), kept.numel())
+    given = 0 if p.means else kept.numel()
+    return module().workspace(p.workspace, pointer(kept if given else None), given)
 
 
 def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
@@ -100,7 +101,9 @@ def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
     if rows.count:
         c = module()
         args = c.linear_logprob_fwd_args(
-            rows.arguments(), _workspace(p, kept), *map(pointer, results)
+            rows.arguments(),
+            _workspace(p, kept),
+            *map(pointer, (*results, kept if p.means else None)),
         )
         c.linear_logprob_fwd_cpu(args, threads())
     return tuple(results)
@@ -122,7 +125,8 @@ def backward(
         args = c.linear_logprob_bwd_args(
             rows.arguments(),
             _workspace(p, kept),
-            *map(pointer, (*given, grad_hidden, grad_weight, grad_bias)),
+            *map(pointer, (*given[:3], kept if p.means else None, *given[3:])),
+            *map(pointer, (grad_hidden, grad_weight, grad_bias)),
         )
         c.linear_logprob_bwd_cpu(args, threads())
     return (

@@ -5,7 +5,8 @@ An implementation is a module beside this one with two functions,
     forward(problem, kept) -> (logprob, lse, entropy)
     backward(problem, kept, upstream, needed) -> (grad_hidden, grad_weight, grad_bias)
 
-where `kept` is memory that the forward may fill with what spares the backward work.
+where `kept` is memory that the forward may fill with what spares the backward work, and, with
+`problem.means`, has to.
 """
 
 import importlib
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
     ignore_index: int
     impl: str
     workspace: int  # bytes of scratch at most, `kept` included; 0 where no backward follows
+    means: bool  # the backward is for hidden alone, and `kept` [N, H] float32 is what it is made of
 
 
 class Upstream(NamedTuple):
@@ -48,7 +50,8 @@ class Upstream(NamedTuple):
 
 _SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? temperatures, "
-    "float temperature, float softcap, float logit_scale, int ignore_index, str impl, int workspace"
+    "float temperature, float softcap, float logit_scale, int ignore_index, str impl, "
+    "int workspace, bool means"
 )
 _UPSTREAM = ", ".join(f"Tensor {name}" for name in Upstream._fields)
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # on a GPU they wait for the number of ignored rows
@@ -60,7 +63,9 @@ def implementation(impl: str):
 
 
 def _new_kept(p: Problem) -> Tensor:
-    """Room for the exponentials of all logits, padded, with their maxima, or less."""
+    """Room for the means; or for all logits' exponentials, padded, with their maxima, or less."""
+    if p.means:
+        return p.hidden.new_empty((p.target.numel(), p.hidden.shape[-1]), dtype=torch.float32)
     tokens, vocab = (p.target.numel() + 63) // 64 * 64, (p.weight.shape[0] + 191) // 192 * 192
     everything = 9 * tokens * vocab * p.hidden.element_size() // 8
     return p.hidden.new_empty(torch.sym_min(p.workspace, everything), dtype=torch.uint8)
@@ -115,7 +120,7 @@ def _autograd(ctx, grad_logprob, grad_lse, grad_entropy, _):
         *tensors, *ctx.settings, kept, logprob, lse, entropy, *upstream, needed
     )
     hidden, weight, bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
-    return hidden, weight, None, bias, *[None] * 7
+    return hidden, weight, None, bias, *[None] * 8
 
 
 define(

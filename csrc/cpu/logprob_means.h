@@ -1,0 +1,232 @@
+// The lm-head's log-probs where hidden's gradient alone is wanted: the forward sums the means of
+// the weight's rows beside its statistics, two products where a backward of its own makes it three.
+// In the namespace of the instruction set.
+//
+// The exponentials are taken relative to the target's logit, which is known before the vocabulary
+// is walked, so nothing that has been summed changes its scale. Each of them is at most 1 / p of
+// the target; a target less likely than e^kUnlikely is left to the backward that computes all again
+// (logprob_backward.h), as are tokens with a gradient of the entropy.
+#pragma once
+
+#include <vector>
+
+#include "logprob_backward.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+constexpr float kUnlikely = -60.0f;
+constexpr float kNegligible = -80.0f;  // below it an exponential's products may be subnormal
+constexpr float kHighest = 80.0f;
+
+template <class Kind>
+class Means {
+ public:
+  Means(const LogprobForwardArgs& args, const Tokens<Kind>& tokens, int64_t capacity, int64_t chunk,
+        int threads)
+      : args_(args),
+        a_(args.linear),
+        tokens_(tokens),
+        chunk_(chunk),
+        threads_(threads),
+        few_(Kind::kStep == 1 && a_.rows <= kFew && a_.rows <= capacity &&
+             enough_chunks(a_, ceil_div(a_.vocab, chunk), true, threads)),
+        // With little to do for each, several: threads that share a chunk share its tokens.
+        together_(
+            std::min(ceil_div(4 * threads, ceil_div(capacity, kPanel)), ceil_div(a_.vocab, chunk))),
+        weight_sums_(a_, round_up(capacity, kPanel), chunk, few_ ? 0 : together_),
+        reference_(round_up(capacity, kPanel)) {}
+
+  // Whether a thread takes whole chunks, each with all tokens.
+  bool few() const { return few_; }
+  // Chunks at a time.
+  int64_t together() const { return together_; }
+
+  // Sums of 0 for the tokens taken, and their targets' logits: how they are rounded is all the
+  // same.
+  void start() const {
+    parallel_for(tokens_.panels(), threads_, [&](int64_t p) {
+      Buffer<float> hidden(round_up(a_.width, kLanes)), weight(round_up(a_.width, kLanes));
+      std::fill_n(reference_.get() + p * kPanel, kPanel, 0.0f);
+      for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+        const int64_t t = p * kPanel + i, row = a_.row(tokens_.first() + t), v = a_.target[row];
+        to_floats(static_cast<const char*>(a_.hidden) + row * a_.width * bytes(a_.hidden_type),
+                  a_.hidden_type, a_.width, hidden.get());
+        to_floats(
+            static_cast<const char*>(a_.weight) + v * a_.weight_stride * bytes(a_.weight_type),
+            a_.weight_type, a_.width, weight.get());
+        Vec sum = {};
+        int64_t h = 0;
+        for (; h + kLanes <= a_.width; h += kLanes) {
+          sum = fma(load(hidden.get() + h), load(weight.get() + h), sum);
+        }
+        alignas(64) float z[kBlock * kPanel] = {};
+        for (int lane = 0; lane < kLanes; ++lane) {
+          z[0] += sum[lane];
+        }
+        for (; h < a_.width; ++h) {
+          z[0] += hidden[h] * weight[h];
+        }
+        to_logits(a_, v, 1, 1, z);
+        reference_[t] = z[0] * a_.inv_temperature[row];
+        std::fill_n(sums(t), a_.width, 0.0f);
+      }
+    });
+  }
+
+  // A block of logits, of panel p, becomes its exponentials.
+  void exponentiate(int64_t v0, int n, int64_t p, const float* inv_temperature, float* z) const {
+    for (int at = 0; at < tokens_.vectors(p) * kLanes; at += kLanes) {
+      const Vec scale = load(inv_temperature + at),
+                reference = load(reference_.get() + p * kPanel + at);
+      for (int r = 0; r < n; ++r) {
+        float* to = z + r * kPanel + at;
+        const Vec logit = load(to), x = at_least(fma(logit, scale, -reference), splat(kLowest));
+        Vec e = exp_from_lowest(at_most(x, splat(kHighest)));
+        e = select(x > splat(kNegligible), e, e * 0.0f);
+        if (a_.softcap > 0.0f) {
+          e = e * (1.0f - (logit / a_.softcap) * (logit / a_.softcap));
+        }
+        store(to, e);
+      }
+    }
+    for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+      const int64_t v = a_.target[a_.row(tokens_.first() + p * kPanel + i)] - v0;
+      if (v >= 0 && v < n) {
+        z[v * kPanel + i] = 0.0f;
+      }
+    }
+  }
+
+  // Exponentials of n rows from row `at` of the chunk that is c of those together.
+  void keep(int64_t c, int64_t at, int n, int64_t p, float* e) const {
+    const int64_t tokens = tokens_.in_panel(p);
+    if constexpr (Kind::kStep == 1) {
+      weight_sums_.keep(c, at, n, p, tokens, e);
+    } else {
+      alignas(64) uint16_t halves[kBlock * kPanel];
+      round_rows<Kind>(e, n, tokens, halves, kPanel);
+      weight_sums_.keep(c, at, n, p, tokens, halves, kPanel);
+    }
+  }
+
+  // What the chunks from c0 on, of which all is kept, add to the sums.
+  void add_chunks(int64_t c0, int64_t count) const {
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t rows = rows_of(c0 + c);
+      parallel_for(ceil_div(rows, kBlock), threads_, [&](int64_t b) {
+        const int64_t at = b * kBlock, n = std::min<int64_t>(kBlock, rows - at);
+        weight_sums_.pack((c0 + c) * chunk_, at, static_cast<int>(n));
+      });
+      weight_sums_.add_product(c, rows, tokens_.count(), threads_,
+                               [&](int64_t t) { return sums(t); });
+    }
+  }
+
+  // The same of all chunks, with few tokens: walk(c, take) computes chunk c and calls take(at, n,
+  // p, e) with the exponentials of n rows from row `at` on, of one panel after another.
+  template <class Walk>
+  void add_chunks_of_few(Walk walk) const {
+    const FewTokens operands = {a_.rows,
+                                a_.width,
+                                nullptr,
+                                static_cast<const char*>(a_.weight),
+                                a_.weight_stride * bytes(a_.weight_type),
+                                a_.weight_type,
+                                nullptr};
+    const auto one = [&](int64_t c, float* all) {
+      const int64_t size = a_.rows * round_up(a_.width, kPanel);
+      Buffer<float> g(kBlock * a_.rows), of_steps(size);
+      std::fill_n(of_steps.get(), size, 0.0f);
+      walk(c, [&](int64_t at, int n, int64_t p, const float* e) {
+        tile_gradients(e, n, tokens_.in_panel(p), a_.rows, g.get() + p * kPanel * kTile);
+        if (p + 1 == tokens_.panels()) {
+          multiply_both<false, true>(operands, g.get(), c * chunk_ + at, n, at, rows_of(c),
+                                     {of_steps.get(), all});
+        }
+      });
+    };
+    sum_chunks(a_, ceil_div(a_.vocab, chunk_), threads_, one, [&](int64_t t) { return sums(t); });
+  }
+
+  // The sums of token t become means.
+  void finish(int64_t t, float lse) const {
+    const float factor = std::exp(reference_[t] - lse);
+    float* sum = sums(t);
+    for (int64_t h = 0; h < a_.width; ++h) {
+      sum[h] *= factor;
+    }
+  }
+
+ private:
+  float* sums(int64_t t) const { return args_.means + a_.row(tokens_.first() + t) * a_.width; }
+  int64_t rows_of(int64_t c) const { return std::min(chunk_, a_.vocab - c * chunk_); }
+
+  const LogprobForwardArgs& args_;
+  const LinearArgs& a_;
+  const Tokens<Kind>& tokens_;
+  const int64_t chunk_;
+  const int threads_;
+  const bool few_;
+  const int64_t together_;
+  WeightSums<Kind> weight_sums_;
+  Buffer<float> reference_;
+};
+
+// hidden's gradient of one row, from its means.
+inline void from_means(const LogprobBackwardArgs& args, int64_t row, float* weight, float* grad) {
+  const LinearArgs& a = args.linear;
+  const float logprob = args.logprob[row], lse = args.lse[row], inv = a.inv_temperature[row];
+  const float grad_logprob = args.grad_logprob[row], grad_lse = args.grad_lse[row];
+  const float scale = inv * a.logit_scale, of_p = (grad_lse - grad_logprob) * scale;
+  float at_target = (std::exp(logprob) * grad_lse - grad_logprob * std::expm1(logprob)) * scale;
+  if (a.softcap > 0.0f) {
+    const float capped = (logprob + lse) / inv / a.softcap;
+    at_target *= 1.0f - capped * capped;
+  }
+  const float* means = args.means + row * a.width;
+  to_floats(
+      static_cast<const char*>(a.weight) + a.target[row] * a.weight_stride * bytes(a.weight_type),
+      a.weight_type, a.width, weight);
+  for (int64_t h = 0; h < a.width; ++h) {
+    grad[h] = of_p * means[h] + at_target * weight[h];
+  }
+  from_floats(grad, a.hidden_type, a.width,
+              static_cast<char*>(args.grad_hidden) + row * a.width * bytes(a.hidden_type));
+}
+
+// The backward with means: grad_hidden, nothing else.
+template <class Kind>
+void backward_from_means(const LogprobBackwardArgs& args, int threads) {
+  const LinearArgs& a = args.linear;
+  const auto by_means = [&](int64_t row) {
+    return args.grad_entropy[row] == 0.0f && args.logprob[row] >= kUnlikely;
+  };
+  constexpr int64_t kAtOnce = 16;
+  parallel_for(ceil_div(a.rows, kAtOnce), threads, [&](int64_t task) {
+    Buffer<float> weight(a.width), grad(a.width);
+    for (int64_t t = task * kAtOnce; t < std::min((task + 1) * kAtOnce, a.rows); ++t) {
+      if (by_means(a.row(t))) {
+        from_means(args, a.row(t), weight.get(), grad.get());
+      }
+    }
+  });
+  std::vector<int64_t> others;
+  for (int64_t t = 0; t < a.rows; ++t) {
+    if (!by_means(a.row(t))) {
+      others.push_back(a.row(t));
+    }
+  }
+  if (!others.empty()) {
+    LogprobBackwardArgs again = args;
+    again.linear.index = others.data();
+    again.linear.rows = static_cast<int64_t>(others.size());
+    again.workspace.kept_bytes = 0;
+    Backward<Kind>(again, threads).run();
+  }
+}
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl

@@ -1,0 +1,180 @@
+// Sums of the weight's rows, sum_v g[v][t] weight[v] for each token t: the gradient of hidden, and
+// the means that it is made of where the forward sums them. They grow a chunk of the vocabulary at
+// a time, in order: a chunk's product is summed from zero, then added. In the namespace of the
+// instruction set.
+#pragma once
+
+#include "few_backward.h"
+#include "linear.h"
+
+namespace fastrl {
+namespace FASTRL_ISA {
+namespace {
+
+constexpr int64_t kFewSums = 8 << 20;  // bytes of few tokens' sums of chunks
+
+inline void add(const float* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] += from[i];
+  }
+}
+
+// n rows of G, rounded to bf16; 0 in the lanes of a vector that are no token's.
+template <class Kind>
+void round_rows(float* z, int n, int64_t tokens, uint16_t* to, int64_t stride) {
+  for (int64_t at = 0; at < tokens; at += kLanes) {
+    for (int r = 0; tokens - at < kLanes && r < n; ++r) {
+      std::fill(z + r * kPanel + tokens, z + r * kPanel + at + kLanes, 0.0f);
+    }
+    for (int r = 0; r < n; ++r) {
+      Kind::keep(load(z + r * kPanel + at), to + r * stride + at);
+    }
+  }
+}
+
+// G of some chunks, and one chunk's rows of the weight, as the products read them.
+template <class Kind>
+class WeightSums {
+ public:
+  using Element = typename Kind::Element;
+
+  // Of at most `padded` tokens (whole panels), `chunks` of G at a time of `chunk` rows each.
+  WeightSums(const LinearArgs& a, int64_t padded, int64_t chunk, int64_t chunks = 1)
+      : a_(a),
+        padded_(padded),
+        chunk_(chunk),
+        columns_(round_up(a.width, kPanel)),
+        by_token_(chunks * chunk / Kind::kStep * padded),
+        weight_(chunks > 0 ? chunk / Kind::kStep * columns_ : 0) {}
+
+  // A block of G: n rows from row `in_chunk` of chunk c, of the panel p with `tokens` tokens; as it
+  // is, or rounded to bf16, rows kPanel or `stride` apart. Read across, its rows would be a cache
+  // line, and a page, for each number, so it is turned.
+  void keep(int64_t c, int64_t in_chunk, int n, int64_t p, int64_t tokens, const float* z) const {
+    static_assert(kBlock % kLanes == 0, "what a tile has beyond the rows is the block's own");
+    for (int64_t at = 0; at < tokens; at += kLanes) {
+      float* to = of_token(c, p * kPanel + at) + in_chunk;
+      for (int r0 = 0; r0 < n; r0 += kLanes) {
+        Vec tile[kLanes] = {};
+        for (int i = 0; i < std::min(kLanes, n - r0); ++i) {
+          tile[i] = load(z + (r0 + i) * kPanel + at);
+        }
+        transpose(tile);
+        for (int i = 0; i < kLanes; ++i) {
+          store(to + i * chunk_ + r0, tile[i]);
+        }
+      }
+    }
+  }
+
+  void keep(int64_t c, int64_t in_chunk, int n, int64_t p, int64_t tokens, const uint16_t* halves,
+            int64_t stride) const {
+    const uint16_t nothing[kLanes] = {};
+    for (int64_t at = 0; at < tokens; at += kLanes) {
+      for (int r0 = 0; r0 < n; r0 += 2 * kLanes) {
+        const int rows = std::min(n - r0, 2 * kLanes);
+        Vec pairs[kLanes] = {};  // of neighbouring rows, a token per lane
+        for (int r = 0; r < rows; r += 2) {
+          const uint16_t* even = halves + (r0 + r) * stride + at;
+          pairs[r / 2] = Kind::pairs(even, r + 1 < rows ? even + stride : nothing);
+        }
+        transpose(pairs);
+        Element* to = of_token(c, p * kPanel + at) + (in_chunk + r0) / 2;
+        for (int i = 0; i < kLanes; ++i, to += chunk_ / 2) {
+          if (kBlock - r0 >= 2 * kLanes) {
+            store(reinterpret_cast<float*>(to), pairs[i]);
+          } else {  // the next block's are behind
+            std::memcpy(to, &pairs[i], kBlock % (2 * kLanes) / 2 * sizeof(Element));
+          }
+        }
+      }
+    }
+  }
+
+  // n rows of the weight from row `in_chunk` of the chunk that starts at row `first`.
+  void pack(int64_t first, int64_t in_chunk, int n) const {
+    const auto* from =
+        static_cast<const char*>(a_.weight) + first * a_.weight_stride * bytes(a_.weight_type);
+    pack_rows(Kind(), from, a_.weight_stride, a_.weight_type, in_chunk, n, a_.width, chunk_,
+              weight_.get());
+  }
+
+  // sums(t) [H] += the product of G of chunk c and the `rows` that are packed, for t below `count`.
+  template <class Sums>
+  void add_product(int64_t c, int64_t rows, int64_t count, int threads, Sums sums) const {
+    // A few panels of the weight stay in L2 while G passes by; or one, and all of a small G.
+    const int64_t blocks = ceil_div(count, kBlock);
+    const int64_t width = (blocks > 8 ? 4 : 1) * 64, groups = ceil_div(a_.width, width);
+    const int64_t ranges = std::min(blocks, ceil_div(4 * threads, groups));
+    parallel_for(groups * ranges, threads, [&](int64_t task) {
+      const int64_t h0 = task / ranges * width, range = task % ranges;
+      for (int64_t b = range * blocks / ranges; b < (range + 1) * blocks / ranges; ++b) {
+        add_block(c, rows, b, count, h0, std::min(h0 + width, a_.width), sums);
+      }
+    });
+  }
+
+ private:
+  Element* of_token(int64_t c, int64_t t) const {
+    return by_token_.get() + (c * padded_ + t) * chunk_ / Kind::kStep;
+  }
+
+  // A block of tokens, columns [h0, h1).
+  template <class Sums>
+  void add_block(int64_t chunk, int64_t rows_of_chunk, int64_t b, int64_t count, int64_t h0,
+                 int64_t h1, Sums sums) const {
+    const int64_t t0 = b * kBlock;
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, count - t0));
+    Rows rows;
+    rows.data = reinterpret_cast<const char*>(of_token(chunk, 0));
+    rows.stride = sizeof(Element);
+    for (int r = 0; r < kBlock; ++r) {
+      rows.row[r] = (t0 + std::min(r, n - 1)) * chunk_ * (4 / Kind::kStep);
+    }
+    Buffer<float> c(kBlock * kPanel);
+    for (int64_t h = h0; h < h1; h += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, h1 - h);
+      multiply<Kind>(rows, n, ceil_div(rows_of_chunk, Kind::kStep),
+                     weight_.get() + h * chunk_ / Kind::kStep, kVectors, c.get());
+      for (int r = 0; r < n; ++r) {
+        add(c.get() + r * kPanel, width, sums(t0 + r) + h);
+      }
+    }
+  }
+
+  const LinearArgs& a_;
+  const int64_t padded_, chunk_, columns_;
+  Buffer<Element> by_token_;  // G [chunks, tokens, chunk]
+  Buffer<Element> weight_;
+};
+
+// Whether a thread can take chunks of its own, of the vocabulary and of what their sums may take.
+inline bool enough_chunks(const LinearArgs& a, int64_t chunks, bool sums, int threads) {
+  return (threads == 1 || chunks >= 2 * threads) &&
+         (!sums || 4 * threads * a.rows * round_up(a.width, kPanel) <= kFewSums);
+}
+
+// The same with few tokens, where a thread takes a whole chunk: task(c, all) leaves the sums of
+// chunk c in panels, as pack_token packs.
+template <class Task, class Sums>
+void sum_chunks(const LinearArgs& a, int64_t chunks, int threads, Task task, Sums sums) {
+  const int64_t columns = round_up(a.width, kPanel), size = a.rows * columns;
+  const int64_t together = std::min(kFewSums / 4 / size / threads * threads, chunks);
+  Buffer<float> of_chunks(together * size);
+  for (int64_t c0 = 0; c0 < chunks; c0 += together) {
+    const int64_t count = std::min(together, chunks - c0);
+    parallel_for(count, threads, [&](int64_t i) { task(c0 + i, of_chunks.get() + i * size); });
+    parallel_for(columns / kAcross, threads, [&](int64_t p) {
+      const int64_t width = std::min<int64_t>(kAcross, a.width - p * kAcross);
+      for (int64_t i = 0; i < count * a.rows; ++i) {
+        const int64_t t = i % a.rows;
+        add(of_chunks.get() + i / a.rows * size + (p * a.rows + t) * kAcross, width,
+            sums(t) + p * kAcross);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace FASTRL_ISA
+}  // namespace fastrl
