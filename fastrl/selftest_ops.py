@@ -48,7 +48,13 @@ def _linear_logprob(x: Values, impl: str) -> Values:
     out = kernels.linear_logprob(
         leaves["hidden"], leaves["weight"], x["target"], impl=impl, **options
     )
-    return _with_gradients(out._asdict(), leaves)
+    found = _with_gradients(out._asdict(), leaves)
+    options["bias"] = x["bias"]
+    frozen = kernels.linear_logprob(
+        leaves["hidden"], x["weight"], x["target"], impl=impl, **options
+    ).logprob
+    of_hidden = torch.autograd.grad(frozen, leaves["hidden"], _upstream(frozen))[0]
+    return {**found, "grad hidden, weight frozen": of_hidden}
 
 
 def _draw_logits(g: torch.Generator) -> Values:

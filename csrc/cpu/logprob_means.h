@@ -61,7 +61,7 @@ class Means {
         for (; h + kLanes <= a_.width; h += kLanes) {
           sum = fma(load(hidden.get() + h), load(weight.get() + h), sum);
         }
-        alignas(64) float z[kBlock * kPanel] = {};
+        alignas(64) float z[kLanes] = {};
         for (int lane = 0; lane < kLanes; ++lane) {
           z[0] += sum[lane];
         }
