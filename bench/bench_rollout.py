@@ -177,8 +177,11 @@ class Rollout(Race):
         return {FIRST: 1, WHOLE: whole}.get(mode, min(FEW, whole))
 
     def before(self, variant, inputs, mode):
-        if isinstance(variant.function, partial):  # of exported: written and compiled only once
+        """What is done once is not timed: compared, quantized, written to a file, compiled."""
+        if isinstance(variant.function, partial):  # of exported
             inputs.exported(**variant.function.keywords)
+        elif variant.ours:
+            self.engine(variant, inputs).prefill([0])
         return inputs
 
     def gate(self, variant, inputs, shape):
