@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kFewest = kLanes == 16 ? 8 : 4;  // tokens whose sums fit in registers
 
+static_assert(kPanel > kFewest, "a panel that does not say is one of many");
+
 // kLanes rows' sums of T tokens, c[row][token].
 template <int T>
 inline void store_turned(const Vec (&sum)[T], float* c) {

@@ -28,7 +28,7 @@ class Forward {
         threads_(threads),
         capacity_(tokens_at_once<Kind>(a_)),
         panels_(ceil_div(capacity_, kPanel)),
-        chunk_(chunk_rows(a_.vocab)),
+        chunk_(chunk_rows(a_)),
         chunks_(ceil_div(a_.vocab, chunk_)),
         plan_(make_plan<Kind>(a_, args.workspace)),
         tokens_(a_, capacity_),

@@ -18,7 +18,33 @@ namespace {
 
 constexpr float kUnlikely = -60.0f;
 constexpr float kNegligible = -80.0f;  // below it an exponential's products may be subnormal
-constexpr float kHighest = 80.0f;
+constexpr float kHighest = 80.0f;      // only tokens that are computed again have more
+
+// The weight's row of a target, as floats.
+inline void target_row(const LinearArgs& a, int64_t row, float* weight) {
+  const int64_t at = a.target[row] * a.weight_stride * bytes(a.weight_type);
+  to_floats(static_cast<const char*>(a.weight) + at, a.weight_type, a.width, weight);
+}
+
+// And its logit before the temperature; `hidden` is room for as many floats.
+inline float target_logit(const LinearArgs& a, int64_t row, const float* weight, float* hidden) {
+  const int64_t at = row * a.width * bytes(a.hidden_type);
+  to_floats(static_cast<const char*>(a.hidden) + at, a.hidden_type, a.width, hidden);
+  Vec sums = {};
+  int64_t h = 0;
+  for (; h + kLanes <= a.width; h += kLanes) {
+    sums = fma(load(hidden + h), load(weight + h), sums);
+  }
+  alignas(64) float z[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    z[0] += sums[i];
+  }
+  for (; h < a.width; ++h) {
+    z[0] += hidden[h] * weight[h];
+  }
+  to_logits(a, a.target[row], 1, 1, z);
+  return z[0];
+}
 
 template <class Kind>
 class Means {
@@ -34,7 +60,7 @@ class Means {
              enough_chunks(a_, ceil_div(a_.vocab, chunk), true, threads)),
         // With little to do for each, several: threads that share a chunk share its tokens.
         together_(
-            std::min(ceil_div(4 * threads, ceil_div(capacity, kPanel)), ceil_div(a_.vocab, chunk))),
+            std::min(ceil_div(2 * threads, ceil_div(capacity, kPanel)), ceil_div(a_.vocab, chunk))),
         weight_sums_(a_, round_up(capacity, kPanel), chunk, few_ ? 0 : together_),
         reference_(round_up(capacity, kPanel)) {}
 
@@ -47,29 +73,12 @@ class Means {
   // same.
   void start() const {
     parallel_for(tokens_.panels(), threads_, [&](int64_t p) {
-      Buffer<float> hidden(round_up(a_.width, kLanes)), weight(round_up(a_.width, kLanes));
+      Buffer<float> hidden(a_.width), weight(a_.width);
       std::fill_n(reference_.get() + p * kPanel, kPanel, 0.0f);
-      for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
-        const int64_t t = p * kPanel + i, row = a_.row(tokens_.first() + t), v = a_.target[row];
-        to_floats(static_cast<const char*>(a_.hidden) + row * a_.width * bytes(a_.hidden_type),
-                  a_.hidden_type, a_.width, hidden.get());
-        to_floats(
-            static_cast<const char*>(a_.weight) + v * a_.weight_stride * bytes(a_.weight_type),
-            a_.weight_type, a_.width, weight.get());
-        Vec sum = {};
-        int64_t h = 0;
-        for (; h + kLanes <= a_.width; h += kLanes) {
-          sum = fma(load(hidden.get() + h), load(weight.get() + h), sum);
-        }
-        alignas(64) float z[kLanes] = {};
-        for (int lane = 0; lane < kLanes; ++lane) {
-          z[0] += sum[lane];
-        }
-        for (; h < a_.width; ++h) {
-          z[0] += hidden[h] * weight[h];
-        }
-        to_logits(a_, v, 1, 1, z);
-        reference_[t] = z[0] * a_.inv_temperature[row];
+      for (int64_t t = p * kPanel; t < p * kPanel + tokens_.in_panel(p); ++t) {
+        const int64_t row = a_.row(tokens_.first() + t);
+        target_row(a_, row, weight.get());
+        reference_[t] = target_logit(a_, row, weight.get(), hidden.get()) * a_.inv_temperature[row];
         std::fill_n(sums(t), a_.width, 0.0f);
       }
     });
@@ -177,18 +186,16 @@ class Means {
 // hidden's gradient of one row, from its means.
 inline void from_means(const LogprobBackwardArgs& args, int64_t row, float* weight, float* grad) {
   const LinearArgs& a = args.linear;
-  const float logprob = args.logprob[row], lse = args.lse[row], inv = a.inv_temperature[row];
+  const float logprob = args.logprob[row], scale = a.inv_temperature[row] * a.logit_scale;
   const float grad_logprob = args.grad_logprob[row], grad_lse = args.grad_lse[row];
-  const float scale = inv * a.logit_scale, of_p = (grad_lse - grad_logprob) * scale;
+  const float of_p = (grad_lse - grad_logprob) * scale;
   float at_target = (std::exp(logprob) * grad_lse - grad_logprob * std::expm1(logprob)) * scale;
+  target_row(a, row, weight);
   if (a.softcap > 0.0f) {
-    const float capped = (logprob + lse) / inv / a.softcap;
+    const float capped = target_logit(a, row, weight, grad) / a.softcap;
     at_target *= 1.0f - capped * capped;
   }
   const float* means = args.means + row * a.width;
-  to_floats(
-      static_cast<const char*>(a.weight) + a.target[row] * a.weight_stride * bytes(a.weight_type),
-      a.weight_type, a.width, weight);
   for (int64_t h = 0; h < a.width; ++h) {
     grad[h] = of_p * means[h] + at_target * weight[h];
   }
@@ -200,29 +207,24 @@ inline void from_means(const LogprobBackwardArgs& args, int64_t row, float* weig
 template <class Kind>
 void backward_from_means(const LogprobBackwardArgs& args, int threads) {
   const LinearArgs& a = args.linear;
-  const auto by_means = [&](int64_t row) {
-    return args.grad_entropy[row] == 0.0f && args.logprob[row] >= kUnlikely;
-  };
+  std::vector<int64_t> rows, others;
+  for (int64_t t = 0; t < a.rows; ++t) {
+    const int64_t row = a.row(t);
+    const bool likely = args.logprob[row] >= kUnlikely && args.grad_entropy[row] == 0.0f;
+    (likely ? rows : others).push_back(row);
+  }
   constexpr int64_t kAtOnce = 16;
-  parallel_for(ceil_div(a.rows, kAtOnce), threads, [&](int64_t task) {
+  const auto count = static_cast<int64_t>(rows.size());
+  parallel_for(ceil_div(count, kAtOnce), threads, [&](int64_t task) {
     Buffer<float> weight(a.width), grad(a.width);
-    for (int64_t t = task * kAtOnce; t < std::min((task + 1) * kAtOnce, a.rows); ++t) {
-      if (by_means(a.row(t))) {
-        from_means(args, a.row(t), weight.get(), grad.get());
-      }
+    for (int64_t i = task * kAtOnce; i < std::min((task + 1) * kAtOnce, count); ++i) {
+      from_means(args, rows[i], weight.get(), grad.get());
     }
   });
-  std::vector<int64_t> others;
-  for (int64_t t = 0; t < a.rows; ++t) {
-    if (!by_means(a.row(t))) {
-      others.push_back(a.row(t));
-    }
-  }
   if (!others.empty()) {
     LogprobBackwardArgs again = args;
     again.linear.index = others.data();
     again.linear.rows = static_cast<int64_t>(others.size());
-    again.workspace.kept_bytes = 0;
     Backward<Kind>(again, threads).run();
   }
 }

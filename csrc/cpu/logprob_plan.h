@@ -36,14 +36,12 @@ struct Plan {
 
 template <class Kind>
 Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
-  constexpr int64_t kFloats = 3 << 19;
   Plan plan;
   plan.capacity = tokens_at_once<Kind>(a);
   plan.padded = round_up(plan.capacity, kPanel);
   plan.g_stride = plan.padded + 16 * Kind::kStep;
   plan.columns = round_up(a.width, kPanel);
-  const int64_t fit = std::min<int64_t>(std::max<int64_t>(kFloats / a.width, 1), 768);
-  plan.chunk = std::min(round_up(fit, 2 * kBlock), round_up(a.vocab, kBlock));
+  plan.chunk = std::min(rows_together(a.width), round_up(a.vocab, kBlock));
   plan.panels = ceil_div(a.rows, kPanel);
 
   const bool several = a.rows > plan.capacity, floats = a.hidden_type == Float::f32;

@@ -11,10 +11,16 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-// Vocabulary rows of a chunk, which has running statistics of its own: they depend on V alone, and
-// so does what is summed with what.
-inline int64_t chunk_rows(int64_t vocab) {
-  return std::min<int64_t>(round_up(ceil_div(vocab, 64), kBlock), 768);
+// Rows of a weight that a product has as its depth: as floats they fill a cache, not more.
+inline int64_t rows_together(int64_t width) {
+  constexpr int64_t kFloats = 3 << 19;
+  return round_up(std::clamp<int64_t>(kFloats / width, 1, 768), 2 * kBlock);
+}
+
+// Vocabulary rows of a chunk, which has running statistics of its own: they depend on V and H
+// alone, and so does what is summed with what.
+inline int64_t chunk_rows(const LinearArgs& a) {
+  return std::min(round_up(ceil_div(a.vocab, 64), kBlock), rows_together(a.width));
 }
 
 // Running maximum and, relative to it, sum of exponentials and of z times them; a lane per token.

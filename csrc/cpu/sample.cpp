@@ -29,7 +29,8 @@ struct Best {
   int32_t token[kPanel];
 };
 
-constexpr int64_t kWalks = 64;  // of the vocabulary: each sets out with nothing to beat
+// Of the vocabulary, or a few more: each sets out with nothing to beat.
+constexpr int64_t kWalks = 64;
 
 template <class Kind>
 class Sampler {
@@ -40,9 +41,9 @@ class Sampler {
         threads_(threads),
         top_k_(args.top_k < a_.vocab ? args.top_k : 0),
         truncated_(!args.greedy && (top_k_ > 0 || args.top_p < 1.0 || args.min_p > 0.0)),
-        chunk_(chunk_rows(a_.vocab)),
+        chunk_(chunk_rows(a_)),
         chunks_(ceil_div(a_.vocab, chunk_)),
-        walk_(round_up(ceil_div(a_.vocab, kWalks), chunk_)),
+        walk_(std::max<int64_t>(a_.vocab / kWalks / chunk_, 1) * chunk_),
         walks_(ceil_div(a_.vocab, walk_)),
         stride_(round_up(a_.vocab, kBlock)),
         capacity_(at_once()),

@@ -166,7 +166,7 @@ inline Vec exp(Vec x) {
   return (p * as_float((half + 127) << 23)) * as_float((whole - half + 127) << 23);
 }
 
-// e^x within 2 ulp for x from kLowest to 0 and a little above, 1 for 0, NaN for NaN, never
+// e^x within 2 ulp for x from kLowest to 80, or 4 where x is large, 1 for 0, NaN for NaN, never
 // subnormal. A third of the work of exp.
 constexpr float kLowest = -86.0f;
 

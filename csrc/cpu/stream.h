@@ -26,7 +26,7 @@ struct PanelView {
   const Element* data;
   int64_t columns;
   int vectors;
-  int64_t tokens = kPanel;  // in the columns, at most
+  int64_t tokens = kPanel;  // in the columns, at most; who says fewer takes few.h's products
 };
 
 // Sums of two slices of depth.

@@ -154,7 +154,7 @@ inline bool enough_chunks(const LinearArgs& a, int64_t chunks, bool sums, int th
          (!sums || 4 * threads * a.rows * round_up(a.width, kPanel) <= kFewSums);
 }
 
-// The same with few tokens, where a thread takes a whole chunk: task(c, all) leaves the sums of
+// The sums with few tokens, where a thread takes a whole chunk: task(c, all) leaves the sums of
 // chunk c in panels, as pack_token packs.
 template <class Task, class Sums>
 void sum_chunks(const LinearArgs& a, int64_t chunks, int threads, Task task, Sums sums) {

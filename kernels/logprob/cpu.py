@@ -90,8 +90,9 @@ def _readable_bias(bias: Tensor | None) -> Tensor | None:
 
 
 def _workspace(p: Problem, kept: Tensor):
-    given = 0 if p.means else kept.numel()
-    return module().workspace(p.workspace, pointer(kept if given else None), given)
+    if p.means:
+        return module().workspace(0, 0, 0)
+    return module().workspace(p.workspace, pointer(kept), kept.numel())
 
 
 def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
@@ -115,6 +116,7 @@ def backward(
     rows = _rows(p)
     given = [x.reshape(-1).float().contiguous() for x in upstream]
     need_hidden, need_weight, need_bias = needed
+    assert not (p.means and (need_weight or need_bias)), "means are of hidden's gradient alone"
     new = torch.empty if rows.index is None else torch.zeros
     grad_hidden = new(p.hidden.shape, dtype=p.hidden.dtype) if need_hidden else None
     new = torch.empty if rows.count else torch.zeros

@@ -34,7 +34,7 @@ class Problem(NamedTuple):
     ignore_index: int
     impl: str
     workspace: int  # bytes of scratch at most, `kept` included; 0 where no backward follows
-    means: bool  # the backward is for hidden alone, and `kept` [N, H] float32 is what it is made of
+    means: bool  # the backward is of hidden alone, and `kept` [N, H] float32 what it is made of
 
 
 class Upstream(NamedTuple):

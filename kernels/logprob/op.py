@@ -98,10 +98,10 @@ def linear_logprob(
     backward then needs three matrix products where it needs four, and, on a CPU, float32 sums of a
     16-bit hidden's gradient, which otherwise costs a fifth product. On a CPU that changes not a
     bit. On a GPU it bounds what is kept, not the backward's own buffers, and results agree to the
-    rounding of the inputs' dtype. With weight and bias frozen a CPU keeps `[N, H]` float32 instead,
-    of which hidden's gradient is made: two products in all, but for rows whose entropy has a
-    gradient or whose target is less likely than e^-60, which are computed again. Raises
-    `ValueError` for shapes, dtypes or values that do not fit and for an unavailable `impl`.
+    rounding of the inputs' dtype. With weight and bias frozen, and without entropy, a CPU keeps
+    `[N, H]` float32 instead, whatever `workspace_mb` is, of which hidden's gradient is made: two
+    products in all, but for rows whose target is less likely than e^-60, which are computed again.
+    Raises `ValueError` for shapes, dtypes or values that do not fit and for an unavailable `impl`.
 
     With `tp_group` each of its ranks gives its slice of weight `[V_r, H]` and bias, in the order of
     the ranks and of any sizes, and the same hidden and target, which counts in the whole
@@ -159,7 +159,7 @@ def linear_logprob(
             ignore_index,
             chosen,
             int(workspace_mb * 2**20) if differentiated else 0,
-            chosen == "cpu" and differentiated and not of_weight,
+            chosen == "cpu" and differentiated and not (of_weight or entropy),
         )
         return LogProbs(logprob, lse, spread if entropy else None)
 
