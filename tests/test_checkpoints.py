@@ -53,6 +53,15 @@ def test_resume_is_exact(recipe, tmp_path, name, monkeypatch):
         assert read_jsonl(folder / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
 
 
+@pytest.fixture
+def heeded():
+    """SIGINT, which a shell makes its background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_ctrl_c_saves_the_step_under_way(recipe, tmp_path, stage, monkeypatch, capfd):
     config = parse_config(recipe | {"save_every": 100})
@@ -81,6 +90,7 @@ def test_ctrl_c_saves_the_step_under_way(recipe, tmp_path, stage, monkeypatch, c
     assert same(weights(folder), weights(whole)) and steady(folder) == steady(whole)
 
 
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_twice_stops_at_once_and_resuming_says_that_it_begins_anew(
     recipe, tmp_path, monkeypatch, capfd
 ):
