@@ -3,6 +3,7 @@ version that tells which CUDA a wheel is built for."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,7 @@ class CMakeBuild(build_ext):
             configure.append(f"-DFASTRL_NVCC={cuda}")
         if ninja is not None:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
