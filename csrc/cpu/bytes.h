@@ -16,29 +16,6 @@ struct Int8 {
   static constexpr int kStep = kDepth;
 };
 
-// kDepth neighbours in depth as 32 bits, whose products are summed in int32.
-struct Words {
-  using Element = uint32_t;
-  static constexpr int kStep = kDepth, kBytes = 4;
-  static constexpr int64_t kSteps = 256;
-  static inline Vec multiply_add(const uint32_t* a, Vec b, Vec c) {
-    int32_t word;
-    std::memcpy(&word, a, sizeof word);
-    return as_float(fastrl::FASTRL_ISA::multiply_add(as_int(c), word, as_int(b)));
-  }
-};
-
-inline Vec add(Words, Vec a, Vec b) { return as_float(as_int(a) + as_int(b)); }
-
-inline int64_t stored_bytes(Words, Float) { return kDepth; }
-
-inline void widen(Words, const char* from, Float, int64_t steps, char* to) {
-  for (int64_t i = 0; i < steps * kDepth; ++i) {
-    const int16_t wide = static_cast<int8_t>(from[i]);
-    std::memcpy(to + i * 2, &wide, sizeof wide);
-  }
-}
-
 struct BytePanel : PanelView<uint32_t> {
   const float* scale;  // [kPanel]
 };
@@ -86,7 +63,7 @@ inline void multiply_int8(const void* weight, int64_t stride, const Int8Rows& w,
   multiply_slice({rows, stride, n, zeros}, words(depth), panel.data,
                  panel.vectors > 2 ? kVectors : panel.vectors, reinterpret_cast<int32_t*>(z));
 #else
-  multiply_streamed<Words>({rows, stride}, Float::f32, n, words(depth), panel, z);
+  stream_words({rows, stride}, n, words(depth), panel, z);
 #endif
   for (int r = 0; r < n; ++r) {
     const int32_t shift = kShifted ? 128 * w.sum[r0 + r] : 0;
