@@ -185,8 +185,9 @@ def test_data_that_changed_is_noticed(recipe, tmp_path):
         train.resume(run)
 
 
-def test_killed_twenty_times(recipe, tmp_path):
-    kills(recipe, tmp_path, 20)
+@pytest.mark.parametrize("moments", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed(recipe, tmp_path, moments):
+    kills(recipe, tmp_path, moments)
 
 
 def test_full_disk_keeps_the_previous_checkpoint(recipe, tmp_path):
