@@ -50,8 +50,8 @@ LinearArgs linear_args(int64_t rows, int64_t width, int64_t vocab, Address index
           {pointer<const float>(scale), pointer<const int32_t>(sum)}};
 }
 
-Workspace workspace(int64_t limit, Address kept, int64_t kept_bytes) {
-  return {limit, pointer<void>(kept), kept_bytes};
+Workspace workspace(int64_t limit, Address kept, int64_t kept_bytes, bool in_gradient) {
+  return {limit, pointer<void>(kept), kept_bytes, in_gradient};
 }
 
 LogprobForwardArgs forward_args(const LinearArgs& linear, const Workspace& workspace,

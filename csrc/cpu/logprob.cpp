@@ -104,6 +104,10 @@ class Forward {
   void fold_chunk(int64_t c, int64_t p0, int64_t p1, Take take) const {
     Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
     const int64_t first = c * chunk_, rows_of_chunk = std::min(chunk_, a_.vocab - first);
+    if (args_.workspace.in_gradient && tokens_.first() == 0 && p0 == 0) {
+      make_rows(args_.workspace.kept, a_.vocab, a_.width * bytes(a_.weight_type), first,
+                rows_of_chunk);
+    }
     for (int64_t at = 0; at < rows_of_chunk; at += kBlock) {
       const int64_t v0 = first + at;
       const int n = static_cast<int>(std::min<int64_t>(kBlock, rows_of_chunk - at));

@@ -31,11 +31,13 @@ struct LinearArgs {
 
 // Memory that a call may hold, in bytes. `kept` carries exponentials of the logits, which the
 // backward need not compute again, from the forward to it. Whether they are there or not, and how
-// the rest is used, changes no bit of any result.
+// the rest is used, changes no bit of any result. In the memory of grad_weight they do not count:
+// the backward has used a row's when it writes the row.
 struct Workspace {
   int64_t limit;
   void* kept;
   int64_t kept_bytes;  // at most
+  bool in_gradient;    // kept is grad_weight's memory, whether that is asked for or not
 };
 
 // Where hidden's gradient alone is wanted, the forward can leave what it is made of, and the

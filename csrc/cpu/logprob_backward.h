@@ -62,11 +62,11 @@ class Backward {
         return walk_few();
       }
     }
-    if (want_weight_) {
-      walk_vocabulary(args_.grad_hidden && one_walk_);
-    }
     if (args_.grad_hidden && !one_walk_) {
       walk_tokens();
+    }
+    if (want_weight_) {  // last: what is kept may lie where it writes
+      walk_vocabulary(args_.grad_hidden && one_walk_);
     }
   }
 
@@ -359,10 +359,8 @@ class Backward {
 
   // The pages of n rows of grad_weight.
   void make_rows(int64_t v0, int64_t n) const {
-    const int64_t row = a_.width * bytes(a_.weight_type);
-    auto* weight = static_cast<char*>(args_.grad_weight);
-    if (weight && a_.vocab * row >= kMappedAfresh) {
-      make_pages(weight + v0 * row, weight + (v0 + n) * row, weight + a_.vocab * row);
+    if (args_.grad_weight && !args_.workspace.in_gradient) {  // or they are there
+      fastrl::make_rows(args_.grad_weight, a_.vocab, a_.width * bytes(a_.weight_type), v0, n);
     }
   }
 

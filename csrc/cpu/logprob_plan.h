@@ -18,6 +18,8 @@ struct Plan {
   int64_t chunk;             // vocabulary rows taken together
   int64_t panels;            // of all tokens
   int64_t kept_lanes;        // of a panel
+  int64_t kept_panels;       // of a block of the vocabulary, the first ones
+  int64_t kept_stride;       // bytes from block to block
   int64_t kept_blocks;       // of the vocabulary
   bool few;                  // tokens for walk_few
   bool one_walk;             // grad_hidden and grad_weight together
@@ -25,12 +27,12 @@ struct Plan {
 
   template <class Kind>
   KeptBlock<Kind> kept_block(void* kept, int64_t v0, int64_t panel) const {
-    const int64_t before = v0 / kBlock * panels + panel;
-    return v0 / kBlock < kept_blocks
-               ? KeptBlock<Kind>(
-                     static_cast<char*>(kept) + before * KeptBlock<Kind>::size(kept_lanes),
-                     kept_lanes)
-               : KeptBlock<Kind>(nullptr, 0);
+    const int64_t block = v0 / kBlock;
+    if (block >= kept_blocks || panel >= kept_panels) {
+      return {nullptr, 0};
+    }
+    char* const at = static_cast<char*>(kept) + block * kept_stride;
+    return {at + panel * KeptBlock<Kind>::size(kept_lanes), kept_lanes};
   }
 };
 
@@ -55,13 +57,22 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   plan.one_walk = scratch + all_sums <= workspace.limit || !several;
   const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * a.width;
 
-  const int64_t left = std::min(workspace.limit - scratch - sums, workspace.kept_bytes);
   plan.kept_lanes = plan.panels > 1 ? kPanel : kLanes * vectors_of(a.rows);
-  const int64_t block = KeptBlock<Kind>::size(plan.kept_lanes) * plan.panels;
+  const int64_t size = KeptBlock<Kind>::size(plan.kept_lanes);
+  if (workspace.in_gradient) {
+    plan.kept_stride = kBlock * a.width * bytes(a.weight_type);
+    plan.kept_panels = std::min(plan.panels, plan.kept_stride / size);
+    plan.kept_blocks = a.vocab / kBlock;
+  } else {
+    const int64_t left = std::min(workspace.limit - scratch - sums, workspace.kept_bytes);
+    plan.kept_stride = plan.panels * size;
+    plan.kept_panels = plan.panels;
+    plan.kept_blocks = std::max<int64_t>(left, 0) / plan.kept_stride;
+    plan.kept_blocks = std::min(plan.kept_blocks, ceil_div(a.vocab, kBlock));
+  }
   // A cap's derivative wants the logits, a bias float sums over the tokens.
   plan.exact = a.softcap > 0.0f || a.bias;
-  plan.kept_blocks = plan.exact ? 0 : std::max<int64_t>(left, 0) / block;
-  plan.kept_blocks = std::min(plan.kept_blocks, ceil_div(a.vocab, kBlock));
+  plan.kept_blocks = plan.exact ? 0 : plan.kept_blocks;
   return plan;
 }
 

@@ -31,4 +31,12 @@ inline void make_pages(char* begin, char* end, char* last) {
 #endif
 }
 
+// The same for rows [first, first + n) of `rows` of as many bytes each, where it is worth it.
+inline void make_rows(void* array, int64_t rows, int64_t bytes, int64_t first, int64_t n) {
+  char* const data = static_cast<char*>(array);
+  if (rows * bytes >= kMappedAfresh) {
+    make_pages(data + first * bytes, data + (first + n) * bytes, data + rows * bytes);
+  }
+}
+
 }  // namespace fastrl

@@ -90,9 +90,13 @@ def _readable_bias(bias: Tensor | None) -> Tensor | None:
 
 
 def _workspace(p: Problem, kept: Tensor):
-    if p.means:
-        return module().workspace(0, 0, 0)
-    return module().workspace(p.workspace, pointer(kept), kept.numel())
+    if p.keeps == "means":
+        return module().workspace(0, 0, 0, False)
+    return module().workspace(p.workspace, pointer(kept), kept.nbytes, p.keeps == "in_gradient")
+
+
+def _means(p: Problem, kept: Tensor) -> Tensor | None:
+    return kept if p.keeps == "means" else None
 
 
 def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
@@ -104,7 +108,7 @@ def forward(p: Problem, kept: Tensor) -> tuple[Tensor, ...]:
         args = c.linear_logprob_fwd_args(
             rows.arguments(),
             _workspace(p, kept),
-            *map(pointer, (*results, kept if p.means else None)),
+            *map(pointer, (*results, _means(p, kept))),
         )
         c.linear_logprob_fwd_cpu(args, threads())
     return tuple(results)
@@ -116,18 +120,22 @@ def backward(
     rows = _rows(p)
     given = [x.reshape(-1).float().contiguous() for x in upstream]
     need_hidden, need_weight, need_bias = needed
-    assert not (p.means and (need_weight or need_bias)), "means are of hidden's gradient alone"
+    assert p.keeps != "means" or not (need_weight or need_bias), "means are of hidden's gradient"
     new = torch.empty if rows.index is None else torch.zeros
     grad_hidden = new(p.hidden.shape, dtype=p.hidden.dtype) if need_hidden else None
     new = torch.empty if rows.count else torch.zeros
-    grad_weight = new(p.weight.shape, dtype=p.weight.dtype) if need_weight else None
+    grad_weight = None
+    if need_weight and p.keeps == "in_gradient":
+        grad_weight = kept if rows.count else kept.zero_()
+    elif need_weight:
+        grad_weight = new(p.weight.shape, dtype=p.weight.dtype)
     grad_bias = new(p.weight.shape[0]) if need_bias else None
     if rows.count:
         c = module()
         args = c.linear_logprob_bwd_args(
             rows.arguments(),
             _workspace(p, kept),
-            *map(pointer, (*given[:3], kept if p.means else None, *given[3:])),
+            *map(pointer, (*given[:3], _means(p, kept), *given[3:])),
             *map(pointer, (grad_hidden, grad_weight, grad_bias)),
         )
         c.linear_logprob_bwd_cpu(args, threads())

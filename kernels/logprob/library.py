@@ -5,8 +5,8 @@ An implementation is a module beside this one with two functions,
     forward(problem, kept) -> (logprob, lse, entropy)
     backward(problem, kept, upstream, needed) -> (grad_hidden, grad_weight, grad_bias)
 
-where `kept` is memory that the forward may fill with what spares the backward work, and, with
-`problem.means`, has to.
+where `kept` is memory that the forward may fill with what spares the backward work, and, of means,
+has to. If `problem.keeps` is "in_gradient", grad_weight is `kept`, where that is needed.
 """
 
 import importlib
@@ -34,7 +34,14 @@ class Problem(NamedTuple):
     ignore_index: int
     impl: str
     workspace: int  # bytes of scratch at most, `kept` included; 0 where no backward follows
-    means: bool  # the backward is of hidden alone, and `kept` [N, H] float32 what it is made of
+    keeps: str  # what `kept` is of, and so how large: one of KEEPS
+
+
+KEEPS = (
+    "exponentials",  # of the logits, in bytes of the workspace
+    "in_gradient",  # the same, in the memory of grad_weight [V, H]
+    "means",  # of the weight's rows, [N, H] float32, of which the gradient of hidden alone is made
+)
 
 
 class Upstream(NamedTuple):
@@ -51,7 +58,7 @@ class Upstream(NamedTuple):
 _SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? temperatures, "
     "float temperature, float softcap, float logit_scale, int ignore_index, str impl, "
-    "int workspace, bool means"
+    "int workspace, str keeps"
 )
 _UPSTREAM = ", ".join(f"Tensor {name}" for name in Upstream._fields)
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # on a GPU they wait for the number of ignored rows
@@ -62,12 +69,26 @@ def implementation(impl: str):
     return importlib.import_module(f"fastrl.kernels.logprob.{MODULES[impl]}")
 
 
+def _room_for_all(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
+    """Bytes of all logits' exponentials, padded, with their maxima."""
+    tokens, vocab = (target.numel() + 63) // 64 * 64, (weight.shape[0] + 191) // 192 * 192
+    return 9 * tokens * vocab * hidden.element_size() // 8
+
+
+def where_exponentials_fit(hidden: Tensor, weight: Tensor, target: Tensor, workspace: int) -> str:
+    """In the workspace, if all do or as many as in weight's gradient, or in that."""
+    if torch.compiler.is_compiling() or not weight.requires_grad:
+        return "exponentials"  # compiled code may copy what the backward writes to
+    fits = workspace >= min(weight.nbytes, _room_for_all(hidden, weight, target))
+    return "exponentials" if fits else "in_gradient"
+
+
 def _new_kept(p: Problem) -> Tensor:
-    """Room for the means; or for all logits' exponentials, padded, with their maxima, or less."""
-    if p.means:
+    if p.keeps == "means":
         return p.hidden.new_empty((p.target.numel(), p.hidden.shape[-1]), dtype=torch.float32)
-    tokens, vocab = (p.target.numel() + 63) // 64 * 64, (p.weight.shape[0] + 191) // 192 * 192
-    everything = 9 * tokens * vocab * p.hidden.element_size() // 8
+    if p.keeps == "in_gradient":
+        return p.weight.new_empty(p.weight.shape)
+    everything = _room_for_all(p.hidden, p.weight, p.target)
     return p.hidden.new_empty(torch.sym_min(p.workspace, everything), dtype=torch.uint8)
 
 
@@ -95,6 +116,11 @@ def _backward(*arguments):
     return tuple(p.hidden.new_empty(0) if g is None else g for g in gradients)
 
 
+def _backward_(*arguments):
+    hidden, _, bias = _backward(*arguments)
+    return hidden, bias
+
+
 def _fake_backward(*arguments):
     p, _, _, needed = _split(arguments)
     return tuple(
@@ -116,9 +142,15 @@ def _autograd(ctx, grad_logprob, grad_lse, grad_entropy, _):
     upstream = (
         torch.zeros_like(lse) if g is None else g for g in (grad_logprob, grad_lse, grad_entropy)
     )
-    gradients = torch.ops.fastrl.linear_logprob_bwd(
-        *tensors, *ctx.settings, kept, logprob, lse, entropy, *upstream, needed
-    )
+    rest = (*tensors, *ctx.settings), (logprob, lse, entropy, *upstream, needed)
+    if Problem(*rest[0]).keeps == "in_gradient" and needed[1]:
+        gradient = kept.detach()
+        hidden, bias = torch.ops.fastrl.linear_logprob_bwd_(*rest[0], gradient, *rest[1])
+        # Whoever comes a second time must find out.
+        torch.autograd.graph.increment_version(gradient)
+        gradients = hidden, gradient, bias
+    else:
+        gradients = torch.ops.fastrl.linear_logprob_bwd(*rest[0], kept, *rest[1])
     hidden, weight, bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
     return hidden, weight, None, bias, *[None] * 8
 
@@ -135,6 +167,13 @@ define(
     f"({_SCHEMA}, Tensor kept, {_UPSTREAM}, bool[] needed) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    tags=_TAGS,
+)
+define(
+    "linear_logprob_bwd_",
+    f"({_SCHEMA}, Tensor(a!) kept, {_UPSTREAM}, bool[] needed) -> (Tensor, Tensor)",
+    _backward_,
+    lambda *arguments: _fake_backward(*arguments)[::2],
     tags=_TAGS,
 )
 differentiate("linear_logprob", _autograd, _setup)

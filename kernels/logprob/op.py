@@ -81,6 +81,7 @@ def linear_logprob(
     ignore_index: int = -100,
     entropy: bool = False,
     workspace_mb: float = 60.0,
+    inplace_backward: bool = False,
     impl: str = "auto",
     tp_group: "dist.ProcessGroup | None" = None,
 ) -> LogProbs:
@@ -101,6 +102,10 @@ def linear_logprob(
     rounding of the inputs' dtype. With weight and bias frozen, and without entropy, a CPU keeps
     `[N, H]` float32 instead, whatever `workspace_mb` is, of which hidden's gradient is made: two
     products in all, but for rows whose target is less likely than e^-60, which are computed again.
+    `inplace_backward` allows for one backward alone, a second one raises autograd's error for
+    tensors modified in place. Where there is more room in it than in `workspace_mb`, a CPU then
+    makes the memory of weight's gradient in the forward and keeps exponentials there; not with a
+    bias, a softcap or entropy, and not inside torch.compile. It changes no bit of any result.
     Raises `ValueError` for shapes, dtypes or values that do not fit and for an unavailable `impl`.
 
     With `tp_group` each of its ranks gives its slice of weight `[V_r, H]` and bias, in the order of
@@ -124,7 +129,11 @@ def linear_logprob(
         "ignore_index": ignore_index,
         "entropy": entropy,
     }
-    parallel_options = options | {"workspace_mb": workspace_mb, "impl": impl}
+    parallel_options = options | {
+        "workspace_mb": workspace_mb,
+        "inplace_backward": inplace_backward,
+        "impl": impl,
+    }
     if tp_group is None and any(map(parallel.is_dtensor, (hidden, weight, target, bias))):
         return parallel.sharded(linear_logprob, hidden, weight, target, **parallel_options)
     _check_linear(hidden, weight, bias, softcap)
@@ -147,6 +156,14 @@ def linear_logprob(
         each = temperature if isinstance(temperature, Tensor) else None
         of_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
         differentiated = torch.is_grad_enabled() and (hidden.requires_grad or of_weight)
+        workspace = int(workspace_mb * 2**20) if differentiated else 0
+        keeps = "exponentials"
+        if chosen == "cpu" and differentiated:
+            exact = entropy or bias is not None or softcap is not None
+            if not (of_weight or entropy):
+                keeps = "means"
+            elif inplace_backward and not exact:
+                keeps = library.where_exponentials_fit(hidden, weight, target, workspace)
         logprob, lse, spread, _ = torch.ops.fastrl.linear_logprob(
             hidden,
             weight,
@@ -158,8 +175,8 @@ def linear_logprob(
             logit_scale,
             ignore_index,
             chosen,
-            int(workspace_mb * 2**20) if differentiated else 0,
-            chosen == "cpu" and differentiated and not (of_weight or entropy),
+            workspace,
+            keeps,
         )
         return LogProbs(logprob, lse, spread if entropy else None)
 
