@@ -14,17 +14,25 @@ import torch.nn.functional as F
 
 from fastrl.bench import accuracy
 from fastrl.bench.accuracy import IGNORE
-from fastrl.bench.race import BOTH, Race, Variant, Work
+from fastrl.bench.race import BOTH, FORWARD, Race, Variant, Work
 from fastrl.kernels import linear_logprob, native
 
 TRL_CHUNK = 32768  # what TRL's trainers pass
 EVERYTHING_MB = 2.0**20
 
 
-def ours(hidden, weight, target, entropy, impl="auto", workspace_mb=None):
-    options = {} if workspace_mb is None else {"workspace_mb": workspace_mb}
-    out = linear_logprob(hidden, weight, target, entropy=entropy, impl=impl, **options)
+def ours(hidden, weight, target, entropy, workspace_mb=None, **options):
+    if workspace_mb is not None:
+        options["workspace_mb"] = workspace_mb
+    out = linear_logprob(hidden, weight, target, entropy=entropy, **options)
     return {name: value for name, value in out._asdict().items() if value is not None}
+
+
+def inplace(hidden, weight, target, entropy, workspace_mb=None):
+    """For one backward alone, as our trainer has it."""
+    if entropy or not weight.requires_grad:
+        raise NotImplementedError("nothing is kept in the gradient with an entropy or none")
+    return ours(hidden, weight, target, entropy, workspace_mb, inplace_backward=True)
 
 
 def eager(hidden, weight, target, entropy):
@@ -154,6 +162,7 @@ class Logprob(Race):
         found = {}
         if native.unavailable("cpu", device) is None:
             found["fastrl"] = Variant(ours)
+            found["fastrl, in place"] = Variant(inplace, without=(FORWARD,))
         for impl in ("triton", "cuda") if device.type == "cuda" else ():
             if native.unavailable(impl, device) is None:
                 found[f"fastrl {impl}"] = Variant(partial(ours, impl=impl, workspace_mb=0.0))
@@ -188,7 +197,7 @@ class Logprob(Race):
     def call(self, variant, inputs, mode):
         *arguments, workspace_mb = inputs
         function = variant.function
-        if function is ours and workspace_mb is not None:
+        if function in (ours, inplace) and workspace_mb is not None:
             function = partial(function, workspace_mb=workspace_mb)
 
         def both():

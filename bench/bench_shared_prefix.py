@@ -18,11 +18,11 @@ WIDTH, INNER, HEADS, KV_HEADS = 896, 4864, 14, 2
 
 
 def shared(model, batch):
-    return group_logprobs(model, batch).logprob
+    return group_logprobs(model, batch, inplace_backward=True).logprob
 
 
 def replicated(model, batch):
-    return completion_logprobs(model, *batch).logprob
+    return completion_logprobs(model, *batch, inplace_backward=True).logprob
 
 
 class SharedPrefix(Race):

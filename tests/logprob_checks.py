@@ -171,11 +171,11 @@ def check_opcheck_and_compile(impl, device="cpu", backend="aot_eager"):
         *(hidden.requires_grad_(), weight.requires_grad_(), target),
         *(options["bias"].requires_grad_(), options["temperature"], 1.0, 4.0, 1.0, -100, impl),
     )
-    torch.library.opcheck(torch.ops.fastrl.linear_logprob, (*arguments, 0, False))
+    torch.library.opcheck(torch.ops.fastrl.linear_logprob, (*arguments, 0, "exponentials"))
     # What the workspace holds beyond what was filled is not compared.
     parts = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.fastrl.linear_logprob, (*arguments, 30000, False), test_utils=parts
+        torch.ops.fastrl.linear_logprob, (*arguments, 30000, "exponentials"), test_utils=parts
     )
     chosen = {"entropy": True, "impl": impl}
     plain = linear_logprob(hidden, weight, target, **chosen)
@@ -199,7 +199,7 @@ def check_bits_depend_on_no_other_row(dtype, device="cpu"):
         temperature = options["temperature"][rows]
         p = Problem(
             *(hidden[rows], weight, target[rows], options["bias"], temperature, 1.0, 6.0, 1.5),
-            *(-100, "triton", 0, False),
+            *(-100, "triton", 0, "exponentials"),
         )
         nothing = hidden.new_empty(0, dtype=torch.uint8)
         logprob, lse, entropy = triton_launch.forward(p, nothing)

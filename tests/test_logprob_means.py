@@ -131,7 +131,7 @@ def test_with_an_entropy_nothing_is_summed_ahead():
     # Who calls the op itself, and asks for both, gets both.
     x = hidden.clone().requires_grad_()
     out = torch.ops.fastrl.linear_logprob(
-        x, weight, target, None, None, 1.0, 0.0, 1.0, -100, "cpu", 0, True
+        x, weight, target, None, None, 1.0, 0.0, 1.0, -100, "cpu", 0, "means"
     )
     loss = (upstream["logprob"] * out[0]).sum() + (upstream["entropy"] * out[2]).sum()
     assert torch.equal(torch.autograd.grad(loss, x)[0], want)
@@ -207,10 +207,10 @@ def test_backward_twice_in_parts_and_compiled():
 def test_what_is_kept_is_a_row_for_each_token():
     hidden, weight, target = problem(12, 32, 300)
     arguments = (hidden.requires_grad_(), weight, target, None, None, 0.8, 4.0, 1.5, -100, "cpu")
-    *_, kept = torch.ops.fastrl.linear_logprob(*arguments, 0, True)
+    *_, kept = torch.ops.fastrl.linear_logprob(*arguments, 0, "means")
     assert kept.shape == (12, 32) and kept.dtype == torch.float32
     z = 4 * torch.tanh(1.5 * hidden.double() @ weight.double().T / 4)
     p = torch.softmax(z / 0.8, -1) * (1 - (z / 4).square())
     p[torch.arange(12), target] = 0
     torch.testing.assert_close(kept.double(), p @ weight.double(), rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(torch.ops.fastrl.linear_logprob, (*arguments, 0, True))
+    torch.library.opcheck(torch.ops.fastrl.linear_logprob, (*arguments, 0, "means"))

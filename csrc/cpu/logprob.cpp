@@ -55,7 +55,7 @@ class Forward {
         const int64_t count = std::min(means.together(), chunks_ - c0);
         fold_chunks(c0, count, [&](int64_t c, int64_t at, int n, int64_t p, float* z) {
           means.exponentiate(c * chunk_ + at, n, p, inv_temperature(p), z);
-          means.keep(c - c0, at, n, p, z);
+          means.keep(c - c0, c * chunk_ + at, at, n, p, z);
         });
         means.add_chunks(c0, count);
       }

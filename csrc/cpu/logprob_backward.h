@@ -48,10 +48,10 @@ class Backward {
              enough_chunks(a_, ceil_div(a_.vocab, plan_.chunk), args.grad_hidden, threads)),
         tokens_(a_, plan_.capacity),
         upstream_(plan_.padded / kPanel),
-        by_row_(few_ ? 0 : plan_.chunk * plan_.g_stride / Kind::kStep),
         hidden_(args.grad_weight ? plan_.padded / Kind::kStep * plan_.columns : 0),
-        weight_sums_(a_, plan_.padded, plan_.chunk, args.grad_hidden && !few_),
-        grad_weight_(args.grad_weight && several_ ? plan_.chunk * a_.width : 0),
+        rows_at_once_(plan_.together * plan_.chunk),
+        weight_sums_(a_, plan_.padded, plan_.chunk, args.grad_hidden && !few_ ? plan_.together : 0),
+        grad_weight_(args.grad_weight && several_ ? rows_at_once_ * a_.width : 0),
         sums_(args.grad_hidden && a_.hidden_type != Float::f32
                   ? (one_walk_ || few_ ? a_.rows : plan_.capacity) * a_.width
                   : 0) {}
@@ -76,12 +76,12 @@ class Backward {
     if (hidden) {
       start_sums(0, a_.rows);
     }
-    for (int64_t v0 = 0; v0 < a_.vocab; v0 += plan_.chunk) {
+    for (int64_t v0 = 0; v0 < a_.vocab; v0 += rows_at_once_) {
       for (int64_t first = 0; first < a_.rows; first += plan_.capacity) {
         if (several_ || v0 == 0) {
           take_tokens(first);
         }
-        chunk(v0, true, hidden, first == 0);
+        chunks(v0, true, hidden, first == 0);
       }
     }
     if (hidden) {
@@ -139,8 +139,8 @@ class Backward {
     for (int64_t first = 0; first < a_.rows; first += plan_.capacity) {
       take_tokens(first);
       start_sums(first, tokens_.count());
-      for (int64_t v0 = 0; v0 < a_.vocab; v0 += plan_.chunk) {
-        chunk(v0, false, true, true);
+      for (int64_t v0 = 0; v0 < a_.vocab; v0 += rows_at_once_) {
+        chunks(v0, false, true, true);
       }
       finish_sums(first, tokens_.count());
     }
@@ -217,25 +217,26 @@ class Backward {
 
   int64_t depth_of_tokens() const { return round_up(tokens_.count(), Kind::kStep); }
 
-  // A chunk of the vocabulary and the tokens taken.
-  void chunk(int64_t chunk_first, bool weight, bool hidden, bool pack_weight) {
-    const int64_t rows = std::min(plan_.chunk, a_.vocab - chunk_first);
+  // Some chunks of the vocabulary, from row `first` on, and the tokens taken.
+  void chunks(int64_t first, bool weight, bool hidden, bool pack_weight) {
+    const int64_t rows = std::min(rows_at_once_, a_.vocab - first);
     parallel_for(ceil_div(rows, kBlock), threads_, [&](int64_t b) {
-      const int64_t in_chunk = b * kBlock, v0 = chunk_first + in_chunk;
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - in_chunk));
+      const int64_t at = b * kBlock, c = at / plan_.chunk, in_chunk = at % plan_.chunk;
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - at));
       Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
-      differentiate(v0, n, weight && args_.grad_bias, z.get(), scratch.get(),
-                    [&](int64_t p) { keep(in_chunk, n, p, z.get()); });
+      Buffer<Element> by_row(kBlock * plan_.g_stride / Kind::kStep);
+      differentiate(first + at, n, weight && args_.grad_bias, z.get(), scratch.get(),
+                    [&](int64_t p) { keep(c, in_chunk, n, p, z.get(), by_row.get()); });
       if (hidden && pack_weight) {
-        weight_sums_.pack(chunk_first, in_chunk, n);
+        weight_sums_.pack(c, first + at - in_chunk, in_chunk, n);
       }
       if (weight && args_.grad_weight) {
-        add_grad_weight(v0, in_chunk, n, z.get());
+        add_grad_weight(first + at, at, n, by_row.get(), z.get());
       }
     });
     if (hidden) {
-      weight_sums_.add_product(0, rows, tokens_.count(), threads_,
-                               [&](int64_t t) { return sums(t); });
+      weight_sums_.add_products(rows, tokens_.count(), threads_,
+                                [&](int64_t t) { return sums(t); });
     }
   }
 
@@ -336,23 +337,22 @@ class Backward {
     }
   }
 
-  // G as the two products read it, by vocabulary row and by token.
-  void keep(int64_t in_chunk, int n, int64_t p, float* z) const {
+  // G of a block as the two products read it, by vocabulary row and by token.
+  void keep(int64_t c, int64_t in_chunk, int n, int64_t p, float* z, Element* of_row) const {
     const int64_t tokens = tokens_.in_panel(p);
     if constexpr (Kind::kStep == 1) {
       for (int r = 0; args_.grad_weight && r < n; ++r) {
-        float* to = by_row_.get() + (in_chunk + r) * plan_.g_stride + p * kPanel;
+        float* to = of_row + r * plan_.g_stride + p * kPanel;
         std::memcpy(to, z + r * kPanel, tokens * sizeof(float));
       }
       if (args_.grad_hidden) {
-        weight_sums_.keep(0, in_chunk, n, p, tokens, z);
+        weight_sums_.keep(c, in_chunk, n, p, tokens, z);
       }
     } else {
-      auto* by_row = reinterpret_cast<uint16_t*>(by_row_.get());
-      by_row += in_chunk * plan_.g_stride + p * kPanel;
+      auto* by_row = reinterpret_cast<uint16_t*>(of_row) + p * kPanel;
       round_rows<Kind>(z, n, tokens, by_row, plan_.g_stride);
       if (args_.grad_hidden) {
-        weight_sums_.keep(0, in_chunk, n, p, tokens, by_row, plan_.g_stride);
+        weight_sums_.keep(c, in_chunk, n, p, tokens, by_row, plan_.g_stride);
       }
     }
   }
@@ -364,12 +364,13 @@ class Backward {
     }
   }
 
-  void add_grad_weight(int64_t v0, int64_t in_chunk, int n, float* c) const {
+  // n rows from v0 on, row `at` of those at once.
+  void add_grad_weight(int64_t v0, int64_t at, int n, const Element* by_row, float* c) const {
     Rows rows;
-    rows.data = reinterpret_cast<const char*>(by_row_.get());
+    rows.data = reinterpret_cast<const char*>(by_row);
     rows.stride = sizeof(Element);
     for (int r = 0; r < kBlock; ++r) {
-      rows.row[r] = (in_chunk + std::min(r, n - 1)) * plan_.g_stride * (4 / Kind::kStep);
+      rows.row[r] = std::min(r, n - 1) * plan_.g_stride * (4 / Kind::kStep);
     }
     const int64_t depth = depth_of_tokens();
     const bool last = tokens_.first() + tokens_.count() == a_.rows;
@@ -381,15 +382,15 @@ class Backward {
       for (int r = 0; r < n; ++r) {
         float* sum = c + r * kPanel;
         if (several_) {
-          float* kept = grad_weight_.get() + (in_chunk + r) * a_.width + h;
+          float* kept = grad_weight_.get() + (at + r) * a_.width + h;
           for (int64_t i = 0; i < width; ++i) {
             sum[i] += tokens_.first() ? kept[i] : 0.0f;
           }
           std::memcpy(kept, sum, width * sizeof(float));
         }
         if (last) {
-          const int64_t at = ((v0 + r) * a_.width + h) * bytes(a_.weight_type);
-          from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + at);
+          const int64_t to = ((v0 + r) * a_.width + h) * bytes(a_.weight_type);
+          from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + to);
         }
       }
     }
@@ -405,8 +406,8 @@ class Backward {
   const bool few_;      // they are so few that a thread takes a whole chunk
   Tokens<Kind> tokens_;
   Buffer<Upstream> upstream_;
-  Buffer<Element> by_row_;  // G [chunk, tokens]
   Buffer<Element> hidden_;
+  const int64_t rows_at_once_;  // of the vocabulary
   WeightSums<Kind> weight_sums_;
   Buffer<float> grad_weight_, sums_;
 };

@@ -16,6 +16,7 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
+constexpr int64_t kTogetherBytes = 24 << 20;  // of chunks taken together
 constexpr float kUnlikely = -60.0f;
 constexpr float kNegligible = -80.0f;  // below it an exponential's products may be subnormal
 constexpr float kHighest = 80.0f;      // only tokens that are computed again have more
@@ -59,8 +60,10 @@ class Means {
         few_(Kind::kStep == 1 && a_.rows <= kFew && a_.rows <= capacity &&
              enough_chunks(a_, ceil_div(a_.vocab, chunk), true, threads)),
         // With little to do for each, several: threads that share a chunk share its tokens.
-        together_(
-            std::min(ceil_div(2 * threads, ceil_div(capacity, kPanel)), ceil_div(a_.vocab, chunk))),
+        together_(std::min(std::max(ceil_div(2 * threads, ceil_div(capacity, kPanel)),
+                                    kTogetherBytes / WeightSums<Kind>::size(
+                                                         a_, round_up(capacity, kPanel), chunk)),
+                           ceil_div(a_.vocab, chunk))),
         weight_sums_(a_, round_up(capacity, kPanel), chunk, few_ ? 0 : together_),
         reference_(round_up(capacity, kPanel)) {}
 
@@ -108,9 +111,13 @@ class Means {
     }
   }
 
-  // Exponentials of n rows from row `at` of the chunk that is c of those together.
-  void keep(int64_t c, int64_t at, int n, int64_t p, float* e) const {
+  // Exponentials of n rows from row v0 on, which is row `at` of the chunk that is c of those
+  // together.
+  void keep(int64_t c, int64_t v0, int64_t at, int n, int64_t p, float* e) const {
     const int64_t tokens = tokens_.in_panel(p);
+    if (p == 0) {
+      weight_sums_.pack(c, v0 - at, at, n);
+    }
     if constexpr (Kind::kStep == 1) {
       weight_sums_.keep(c, at, n, p, tokens, e);
     } else {
@@ -122,15 +129,8 @@ class Means {
 
   // What the chunks from c0 on, of which all is kept, add to the sums.
   void add_chunks(int64_t c0, int64_t count) const {
-    for (int64_t c = 0; c < count; ++c) {
-      const int64_t rows = rows_of(c0 + c);
-      parallel_for(ceil_div(rows, kBlock), threads_, [&](int64_t b) {
-        const int64_t at = b * kBlock, n = std::min<int64_t>(kBlock, rows - at);
-        weight_sums_.pack((c0 + c) * chunk_, at, static_cast<int>(n));
-      });
-      weight_sums_.add_product(c, rows, tokens_.count(), threads_,
-                               [&](int64_t t) { return sums(t); });
-    }
+    const int64_t rows = std::min(count * chunk_, a_.vocab - c0 * chunk_);
+    weight_sums_.add_products(rows, tokens_.count(), threads_, [&](int64_t t) { return sums(t); });
   }
 
   // The same of all chunks, with few tokens: walk(c, take) computes chunk c and calls take(at, n,

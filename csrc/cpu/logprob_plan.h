@@ -15,7 +15,8 @@ struct Plan {
   int64_t capacity, padded;  // tokens at a time, and these as whole panels
   int64_t g_stride;          // of a vocabulary row of G: a line more, or rows share few cache sets
   int64_t columns;           // H as whole panels
-  int64_t chunk;             // vocabulary rows taken together
+  int64_t chunk;             // vocabulary rows whose product is summed from zero
+  int64_t together;          // chunks at a time
   int64_t panels;            // of all tokens
   int64_t kept_lanes;        // of a panel
   int64_t kept_panels;       // of a block of the vocabulary, the first ones
@@ -48,15 +49,19 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
 
   const bool several = a.rows > plan.capacity, floats = a.hidden_type == Float::f32;
   plan.few = Kind::kStep == 1 && a.rows <= kFew && !several;
-  int64_t scratch =
-      4 * (plan.chunk * (2 * plan.padded / Kind::kStep + 16) +
-           plan.chunk * plan.columns / Kind::kStep + (several ? plan.chunk * a.width : 0));
+  const int64_t of_chunk =
+      WeightSums<Kind>::size(a, plan.padded, plan.chunk) + (several ? 4 * plan.chunk * a.width : 0);
+  // G by row is one block's for each thread: as much as a chunk's for 8 or 16 of them.
+  int64_t scratch = of_chunk + 4 * plan.chunk * plan.g_stride / Kind::kStep;
   scratch = plan.few ? std::max(scratch, kFewSums) : scratch;
   scratch += 8 * plan.padded * plan.columns / Kind::kStep;
   const int64_t all_sums = floats ? 0 : 4 * a.rows * a.width;
   plan.one_walk = scratch + all_sums <= workspace.limit || !several;
   const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * a.width;
 
+  const int64_t free = std::max<int64_t>(workspace.limit - scratch - sums, 0);
+  plan.together = 1 + std::min(free / 3 / of_chunk, ceil_div(a.vocab, plan.chunk) - 1);
+  scratch += (plan.together - 1) * of_chunk;
   plan.kept_lanes = plan.panels > 1 ? kPanel : kLanes * vectors_of(a.rows);
   const int64_t size = KeptBlock<Kind>::size(plan.kept_lanes);
   if (workspace.in_gradient) {

@@ -1,7 +1,8 @@
 // Sums of the weight's rows, sum_v g[v][t] weight[v] for each token t: the gradient of hidden, and
 // the means that it is made of where the forward sums them. They grow a chunk of the vocabulary at
-// a time, in order: a chunk's product is summed from zero, then added. In the namespace of the
-// instruction set.
+// a time, in order: a chunk's product is summed from zero, then added. Several chunks are kept and
+// then multiplied at once, or threads would wait for each other after every one. In the namespace
+// of the instruction set.
 #pragma once
 
 #include "few_backward.h"
@@ -32,20 +33,25 @@ void round_rows(float* z, int n, int64_t tokens, uint16_t* to, int64_t stride) {
   }
 }
 
-// G of some chunks, and one chunk's rows of the weight, as the products read them.
+// G of some chunks, and their rows of the weight, as the products read them.
 template <class Kind>
 class WeightSums {
  public:
   using Element = typename Kind::Element;
 
-  // Of at most `padded` tokens (whole panels), `chunks` of G at a time of `chunk` rows each.
-  WeightSums(const LinearArgs& a, int64_t padded, int64_t chunk, int64_t chunks = 1)
+  // Of at most `padded` tokens (whole panels), `chunks` at a time of `chunk` rows each.
+  WeightSums(const LinearArgs& a, int64_t padded, int64_t chunk, int64_t chunks)
       : a_(a),
         padded_(padded),
         chunk_(chunk),
         columns_(round_up(a.width, kPanel)),
         by_token_(chunks * chunk / Kind::kStep * padded),
-        weight_(chunks > 0 ? chunk / Kind::kStep * columns_ : 0) {}
+        weight_(chunks * chunk / Kind::kStep * columns_) {}
+
+  // Bytes that each chunk takes.
+  static int64_t size(const LinearArgs& a, int64_t padded, int64_t chunk) {
+    return 4 * chunk / Kind::kStep * (padded + round_up(a.width, kPanel));
+  }
 
   // A block of G: n rows from row `in_chunk` of chunk c, of the panel p with `tokens` tokens; as it
   // is, or rounded to bf16, rows kPanel or `stride` apart. Read across, its rows would be a cache
@@ -91,25 +97,29 @@ class WeightSums {
     }
   }
 
-  // n rows of the weight from row `in_chunk` of the chunk that starts at row `first`.
-  void pack(int64_t first, int64_t in_chunk, int n) const {
+  // n rows of the weight from row `in_chunk` of chunk c, which starts at row `first`.
+  void pack(int64_t c, int64_t first, int64_t in_chunk, int n) const {
     const auto* from =
         static_cast<const char*>(a_.weight) + first * a_.weight_stride * bytes(a_.weight_type);
     pack_rows(Kind(), from, a_.weight_stride, a_.weight_type, in_chunk, n, a_.width, chunk_,
-              weight_.get());
+              weight(c));
   }
 
-  // sums(t) [H] += the product of G of chunk c and the `rows` that are packed, for t below `count`.
+  // sums(t) [H] += the products of G and the weight of the first chunks, which have `rows` rows in
+  // all, for t below `count`.
   template <class Sums>
-  void add_product(int64_t c, int64_t rows, int64_t count, int threads, Sums sums) const {
+  void add_products(int64_t rows, int64_t count, int threads, Sums sums) const {
     // A few panels of the weight stay in L2 while G passes by; or one, and all of a small G.
-    const int64_t blocks = ceil_div(count, kBlock);
+    const int64_t blocks = ceil_div(count, kBlock), chunks = ceil_div(rows, chunk_);
     const int64_t width = (blocks > 8 ? 4 : 1) * 64, groups = ceil_div(a_.width, width);
-    const int64_t ranges = std::min(blocks, ceil_div(4 * threads, groups));
+    const int64_t ranges = std::min(blocks, ceil_div(4 * threads * chunks, groups));
     parallel_for(groups * ranges, threads, [&](int64_t task) {
       const int64_t h0 = task / ranges * width, range = task % ranges;
-      for (int64_t b = range * blocks / ranges; b < (range + 1) * blocks / ranges; ++b) {
-        add_block(c, rows, b, count, h0, std::min(h0 + width, a_.width), sums);
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t of_chunk = std::min(chunk_, rows - c * chunk_);
+        for (int64_t b = range * blocks / ranges; b < (range + 1) * blocks / ranges; ++b) {
+          add_block(c, of_chunk, b, count, h0, std::min(h0 + width, a_.width), sums);
+        }
       }
     });
   }
@@ -118,6 +128,8 @@ class WeightSums {
   Element* of_token(int64_t c, int64_t t) const {
     return by_token_.get() + (c * padded_ + t) * chunk_ / Kind::kStep;
   }
+
+  Element* weight(int64_t c) const { return weight_.get() + c * chunk_ / Kind::kStep * columns_; }
 
   // A block of tokens, columns [h0, h1).
   template <class Sums>
@@ -135,7 +147,7 @@ class WeightSums {
     for (int64_t h = h0; h < h1; h += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, h1 - h);
       multiply<Kind>(rows, n, ceil_div(rows_of_chunk, Kind::kStep),
-                     weight_.get() + h * chunk_ / Kind::kStep, kVectors, c.get());
+                     weight(chunk) + h * chunk_ / Kind::kStep, kVectors, c.get());
       for (int r = 0; r < n; ++r) {
         add(c.get() + r * kPanel, width, sums(t0 + r) + h);
       }
@@ -145,7 +157,7 @@ class WeightSums {
   const LinearArgs& a_;
   const int64_t padded_, chunk_, columns_;
   Buffer<Element> by_token_;  // G [chunks, tokens, chunk]
-  Buffer<Element> weight_;
+  Buffer<Element> weight_;    // [chunks], each in panels of `chunk` rows
 };
 
 // Whether a thread can take chunks of its own, of the vocabulary and of what their sums may take.

@@ -108,11 +108,18 @@ def logprobs_and_values(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    inplace_backward: bool = False,
 ) -> tuple[LogProbs, Tensor]:
     """`completion_logprobs`, and a head's `[B, T]` values, of one pass through the model."""
     states = completion_states(model, prompt_ids, completion_ids, completion_mask)
     logprobs = state_logprobs(
-        model, states, completion_ids, completion_mask, temperature=temperature, entropy=entropy
+        model,
+        states,
+        completion_ids,
+        completion_mask,
+        temperature=temperature,
+        entropy=entropy,
+        inplace_backward=inplace_backward,
     )
     return logprobs, head.values(states, completion_mask)
 

@@ -114,12 +114,14 @@ class Batch:
         shared_prefix: bool,
         entropy: bool = False,
     ) -> LogProbs:
-        """Log-probs `[B, T]` of the completions; with shared_prefix from prompts computed once."""
+        """Log-probs `[B, T]` of the completions; with shared_prefix from prompts computed once.
+
+        For one backward alone.
+        """
+        options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "inplace_backward": True}
         if shared_prefix:
-            return group_logprobs(model, self.completions, temperature=temperature, entropy=entropy)
-        return completion_logprobs(
-            model, *self.completions, temperature=temperature, entropy=entropy
-        )
+            return group_logprobs(model, self.completions, **options)
+        return completion_logprobs(model, *self.completions, **options)
 
     def frozen_logprobs(
         self, model: nn.Module, size: int, temperature: float = 1.0, *, shared_prefix: bool

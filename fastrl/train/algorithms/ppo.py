@@ -80,6 +80,7 @@ def joint_loss(context: Context, batch: Batch) -> Values:
         *batch.completions,
         temperature=stage.temperature,
         entropy=stage.entropy_coef > 0,
+        inplace_backward=True,
     )
     value, metrics = policy_loss(context, batch, out)
     missed, figures = _value_loss(stage, batch, values)
