@@ -156,8 +156,9 @@ def group_logprobs(
     through `attn_implementation="fastrl"`, whatever the model was loaded with; the model is left as
     it was. Only completion tokens reach the lm-head. Returns `LogProbs` of `[B, T]` float32 in
     nats, 0 where the mask is false; as in `completion_logprobs`, to rounding, and so are the
-    gradients. `inplace_backward` is linear_logprob's: faster, for one backward alone. Raises `ValueError` for a model that does not attend through transformers' attention
-    interface, or has attention dropout while training, and for an empty prompt.
+    gradients. `inplace_backward` is linear_logprob's: faster, for one backward alone. Raises
+    `ValueError` for a model that does not attend through transformers' attention interface, or has
+    attention dropout while training, and for an empty prompt.
     """
     prompt_ids, ids, mask = (
         rollouts

@@ -118,7 +118,8 @@ class Batch:
 
         For one backward alone.
         """
-        options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "inplace_backward": True}
+        options: dict[str, Any] = {"temperature": temperature, "entropy": entropy}
+        options["inplace_backward"] = True
         if shared_prefix:
             return group_logprobs(model, self.completions, **options)
         return completion_logprobs(model, *self.completions, **options)
