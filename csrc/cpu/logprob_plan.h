@@ -51,7 +51,8 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   plan.few = Kind::kStep == 1 && a.rows <= kFew && !several;
   const int64_t of_chunk =
       WeightSums<Kind>::size(a, plan.padded, plan.chunk) + (several ? 4 * plan.chunk * a.width : 0);
-  // G by row is one block's for each thread: as much as a chunk's for 8 or 16 of them.
+  // G by row is one block's for each thread: as much as a chunk's for 8 or 16 of them. What more
+  // threads take is not counted, as forward and backward may have other numbers of them.
   int64_t scratch = of_chunk + 4 * plan.chunk * plan.g_stride / Kind::kStep;
   scratch = plan.few ? std::max(scratch, kFewSums) : scratch;
   scratch += 8 * plan.padded * plan.columns / Kind::kStep;

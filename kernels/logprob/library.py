@@ -76,10 +76,10 @@ def _room_for_all(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
 
 
 def where_exponentials_fit(hidden: Tensor, weight: Tensor, target: Tensor, workspace: int) -> str:
-    """In the workspace, if all do or as many as in weight's gradient, or in that."""
+    """In the workspace, of which scratch may take half, or, if that has more room, in_gradient."""
     if torch.compiler.is_compiling() or not weight.requires_grad:
         return "exponentials"  # compiled code may copy what the backward writes to
-    fits = workspace >= min(weight.nbytes, _room_for_all(hidden, weight, target))
+    fits = workspace // 2 >= min(weight.nbytes, _room_for_all(hidden, weight, target))
     return "exponentials" if fits else "in_gradient"
 
 
@@ -133,24 +133,29 @@ def _setup(ctx, inputs, output):
     tensors, ctx.settings = inputs[:5], inputs[5:]
     *statistics, kept = output
     ctx.save_for_backward(*tensors, kept, *statistics)
+    ctx.spent = False
     ctx.set_materialize_grads(False)  # or there are zeros as large as `kept`
 
 
 def _autograd(ctx, grad_logprob, grad_lse, grad_entropy, _):
+    if ctx.spent:  # hooks on saved tensors may keep autograd from seeing it
+        raise RuntimeError(
+            "linear_logprob was called with inplace_backward=True, for one backward alone: the "
+            "first one has overwritten what a second one needs"
+        )
     *tensors, kept, logprob, lse, entropy = ctx.saved_tensors
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     upstream = (
         torch.zeros_like(lse) if g is None else g for g in (grad_logprob, grad_lse, grad_entropy)
     )
-    rest = (*tensors, *ctx.settings), (logprob, lse, entropy, *upstream, needed)
-    if Problem(*rest[0]).keeps == "in_gradient" and needed[1]:
+    problem, given = (*tensors, *ctx.settings), (logprob, lse, entropy, *upstream, needed)
+    if Problem(*problem).keeps == "in_gradient":
+        ctx.spent = True
         gradient = kept.detach()
-        hidden, bias = torch.ops.fastrl.linear_logprob_bwd_(*rest[0], gradient, *rest[1])
-        # Whoever comes a second time must find out.
-        torch.autograd.graph.increment_version(gradient)
+        hidden, bias = torch.ops.fastrl.linear_logprob_bwd_(*problem, gradient, *given)
         gradients = hidden, gradient, bias
     else:
-        gradients = torch.ops.fastrl.linear_logprob_bwd(*rest[0], kept, *rest[1])
+        gradients = torch.ops.fastrl.linear_logprob_bwd(*problem, kept, *given)
     hidden, weight, bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
     return hidden, weight, None, bias, *[None] * 8
 

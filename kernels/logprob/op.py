@@ -102,10 +102,10 @@ def linear_logprob(
     rounding of the inputs' dtype. With weight and bias frozen, and without entropy, a CPU keeps
     `[N, H]` float32 instead, whatever `workspace_mb` is, of which hidden's gradient is made: two
     products in all, but for rows whose target is less likely than e^-60, which are computed again.
-    `inplace_backward` allows for one backward alone, a second one raises autograd's error for
-    tensors modified in place. Where there is more room in it than in `workspace_mb`, a CPU then
-    makes the memory of weight's gradient in the forward and keeps exponentials there; not with a
-    bias, a softcap or entropy, and not inside torch.compile. It changes no bit of any result.
+    `inplace_backward` allows for one backward alone, a second one raises `RuntimeError`: where
+    half of `workspace_mb` has less room, a CPU then makes weight's gradient in the forward, `[V,
+    H]` in its dtype, and keeps exponentials in its memory; not with a bias, a softcap or entropy,
+    and not inside torch.compile. It changes no bit of any result.
     Raises `ValueError` for shapes, dtypes or values that do not fit and for an unavailable `impl`.
 
     With `tp_group` each of its ranks gives its slice of weight `[V_r, H]` and bias, in the order of
