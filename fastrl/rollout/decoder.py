@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastrl.kernels import Samples
 from fastrl.kernels.checks import FLOATS
+from fastrl.kernels.logprob.checks import check_draws
 from fastrl.kernels.logprob.cpu import Drawing, sample
 from fastrl.kernels.logprob.draws import Draws
-from fastrl.kernels.logprob.op import check_draws
 from fastrl.kernels.logprob.parallel import is_dtensor
 from fastrl.kernels.native import module, pointer, threads
 from fastrl.models.head import LmHead, lm_head

@@ -1,12 +1,10 @@
-"""Log-probabilities and sampling: argument checks and the choice of implementation."""
+"""Log-probabilities and sampling: the public ops, and the choice of implementation."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from fastrl.kernels.checks import FLOATS
 
 # draws and given define ops.
 from fastrl.kernels.logprob import (  # noqa: F401
@@ -18,6 +16,14 @@ from fastrl.kernels.logprob import (  # noqa: F401
     parallel_sample,
     reference,
 )
+from fastrl.kernels.logprob.checks import (
+    check_draws,
+    check_inplace,
+    check_kernel,
+    check_linear,
+    check_target,
+    check_temperature,
+)
 from fastrl.kernels.logprob.reference import LogProbs, Samples
 from fastrl.kernels.native import choose
 
@@ -27,46 +33,6 @@ HAS: dict[str, tuple[str, ...]] = {
     "linear_sample": ("cpu",),
     "logprob_from_logits": ("cpu",),
 }
-
-
-def _check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
-) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [V, H], got shape {tuple(weight.shape)}")
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must end in weight's H={weight.shape[1]}, got shape {tuple(hidden.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and hidden on {hidden.device}; they must be on one"
-            )
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [V]=[{weight.shape[0]}], got shape {tuple(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive, or None for no cap")
-
-
-def _check_target(target: Tensor, rows: torch.Size, name: str) -> None:
-    if target.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} must be int64 or int32, got {target.dtype}")
-    if target.shape != rows:
-        raise ValueError(f"{name} must have shape {tuple(rows)}, got {tuple(target.shape)}")
-
-
-def _check_temperature(temperature: float | Tensor, rows: torch.Size) -> None:
-    if isinstance(temperature, Tensor):
-        if temperature.dim() and temperature.shape != rows:
-            raise ValueError(
-                f"temperature must be a number or a tensor of shape {tuple(rows)}, "
-                f"got shape {tuple(temperature.shape)}"
-            )
-    elif not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
 
 
 def linear_logprob(
@@ -136,9 +102,9 @@ def linear_logprob(
     }
     if tp_group is None and any(map(parallel.is_dtensor, (hidden, weight, target, bias))):
         return parallel.sharded(linear_logprob, hidden, weight, target, **parallel_options)
-    _check_linear(hidden, weight, bias, softcap)
-    _check_target(target, hidden.shape[:-1], "target")
-    _check_temperature(temperature, target.shape)
+    check_linear(hidden, weight, bias, softcap)
+    check_target(target, hidden.shape[:-1], "target")
+    check_temperature(temperature, target.shape)
     if not workspace_mb >= 0:
         raise ValueError(f"workspace_mb={workspace_mb} must be 0 or more")
     if tp_group is not None:
@@ -152,7 +118,7 @@ def linear_logprob(
     with torch.autocast(hidden.device.type, enabled=False):
         if chosen == "reference":
             return reference.linear_logprob(hidden, weight, target.long(), **options)
-        _check_kernel({"hidden": hidden, "weight": weight}, temperature)
+        check_kernel({"hidden": hidden, "weight": weight}, temperature)
         each = temperature if isinstance(temperature, Tensor) else None
         of_weight = weight.requires_grad or (bias is not None and bias.requires_grad)
         differentiated = torch.is_grad_enabled() and (hidden.requires_grad or of_weight)
@@ -208,25 +174,25 @@ def logprob_from_logits(
             f"logits must be floating point [..., V], got {logits.dtype} {tuple(logits.shape)}"
         )
     rows = logits.shape[:-1]
-    _check_target(
+    check_target(
         target, rows if target.dim() < logits.dim() else (*rows, target.shape[-1]), "target"
     )
     if target.device != logits.device:
         raise ValueError(
             f"target is on {target.device} and logits on {logits.device}; they must be on one"
         )
-    _check_temperature(temperature, rows)
+    check_temperature(temperature, rows)
     if impl == "auto" and logits.dtype == torch.float64:
         impl = "reference"
     chosen = choose("logprob_from_logits", impl, logits.device, HAS["logprob_from_logits"])
     if inplace_backward:
-        _check_inplace(logits, chosen)
+        check_inplace(logits, chosen)
     with torch.autocast(logits.device.type, enabled=False):
         if chosen == "reference":
             return reference.logprob_from_logits(
                 logits, target.long(), temperature=temperature, entropy=entropy
             )
-        _check_kernel({"logits": logits}, temperature)
+        check_kernel({"logits": logits}, temperature)
         each = temperature if isinstance(temperature, Tensor) else None
         run = _run_eagerly if inplace_backward else torch.ops.fastrl.logprob_from_logits
         logprob, lse, spread = run(
@@ -244,45 +210,6 @@ def logprob_from_logits(
 @torch.compiler.disable(reason="inplace_backward=True does not work inside torch.compile")
 def _run_eagerly(*arguments):
     return torch.ops.fastrl.logprob_from_logits(*arguments)
-
-
-def _check_inplace(logits: Tensor, chosen: str) -> None:
-    if chosen == "reference":
-        raise ValueError("inplace_backward=True needs a kernel; impl='reference' has none")
-    if not logits.is_contiguous():
-        raise ValueError(
-            f"inplace_backward=True needs contiguous logits, got strides {logits.stride()} "
-            f"for shape {tuple(logits.shape)}"
-        )
-
-
-def _check_kernel(tensors: dict[str, Tensor], temperature: float | Tensor = 1.0) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{name} must be float32, bfloat16 or float16 for a kernel, got {tensor.dtype}; "
-                "impl='reference' takes float64"
-            )
-    if isinstance(temperature, Tensor) and temperature.requires_grad:
-        raise ValueError(
-            "temperature requires a gradient, which only impl='reference' gives; detach it"
-        )
-
-
-def check_draws(
-    hidden: Tensor,
-    weight: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-) -> None:
-    """Raise ValueError for tensors of `linear_sample` that do not fit."""
-    _check_linear(hidden, weight, bias, softcap)
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden must be [M, H], got shape {tuple(hidden.shape)}")
-    _check_target(seeds, hidden.shape[:-1], "seeds")
-    _check_target(positions, hidden.shape[:-1], "positions")
 
 
 @torch.no_grad()
@@ -351,7 +278,7 @@ def linear_sample(
                 linear_sample, tp_group, hidden, weight, **settings, impl=impl
             )
         if chosen != "reference":
-            _check_kernel({"hidden": hidden, "weight": weight})
+            check_kernel({"hidden": hidden, "weight": weight})
             drawn = torch.ops.fastrl.linear_sample(
                 hidden,
                 weight,
