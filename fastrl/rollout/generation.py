@@ -155,19 +155,16 @@ class Completions:
 
     def put(self, at: Tensor, drawn: Drawn) -> None:
         """Write what rows drew, from a place of the flattened `[B, T]` on for each."""
-        many = drawn.token.shape[1]
-        places = at
-        made: Tensor | None = None
-        if many > 1:
-            ahead = torch.arange(many, device=at.device)
-            made = ahead < drawn.count.unsqueeze(1)
-            places = (at.unsqueeze(1) + ahead)[made]
+        ahead = torch.arange(drawn.token.shape[1], device=at.device)
+        places, made = at.unsqueeze(1) + ahead, ahead < drawn.count.unsqueeze(1)
+        whole = len(ahead) == 1 or bool(made.all())  # then nothing has to be looked for
         for to, values in (
             (self.tokens, drawn.token),
             (self.logprobs, drawn.logprob),
             (self.untruncated, drawn.untruncated_logprob),
         ):
-            to.view(-1).index_copy_(0, places, values[:, 0] if made is None else values[made])
+            some = (places, values) if whole else (places[made], values[made])
+            to.view(-1).index_copy_(0, *(x.flatten() for x in some))
 
     def end(self, rows: Tensor, count: Tensor, reason: int) -> None:
         """Rows end, after `count` tokens each."""
