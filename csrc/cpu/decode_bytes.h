@@ -28,7 +28,8 @@ class Operand<Int8> {
   PanelView<float> unrounded(int64_t p, int64_t depth) const { return floats_.unrounded(p, depth); }
   Panel panel(int64_t p, int64_t depth) const {
     const int vectors = lanes_.vectors(p);
-    return {{start(p, depth), word_columns(vectors), vectors}, scale_.get() + p * kPanel};
+    return {{start(p, depth), word_columns(vectors), vectors, tokens_of(lanes_.rows)},
+            scale_.get() + p * kPanel};
   }
 
   void complete(int64_t depth, int threads) const {
@@ -36,6 +37,9 @@ class Operand<Int8> {
     parallel_for(lanes_.count(), helping, [&](int64_t v) {
       const int64_t p = v / kVectors, lane = v % kVectors * kLanes;
       const PanelView<float> x = unrounded(p, depth);
+      if (lanes_.rows <= kFewRows) {
+        return quantize_few(x.data, x.columns, depth, lanes_.rows, words_.get(), scale_.get());
+      }
       quantize_lanes(x.data + lane, x.columns, depth, start(p, depth) + lane,
                      word_columns(lanes_.vectors(p)), scale_.get() + p * kPanel + lane);
     });

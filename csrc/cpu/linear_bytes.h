@@ -28,8 +28,10 @@ class Tokens<Int8> : public TokenRange {
 
   void logits(const Rows&, int64_t v0, int n, int64_t p, float* z) const {
     const int vectors = this->vectors(p);
-    multiply_int8(a_.weight, a_.weight_stride, a_.int8, v0, n, a_.width,
-                  {{start(p), word_columns(vectors), vectors}, scale_.get() + p * kPanel}, z);
+    multiply_int8(
+        a_.weight, a_.weight_stride, a_.int8, v0, n, a_.width,
+        {{start(p), word_columns(vectors), vectors, tokens_of(count())}, scale_.get() + p * kPanel},
+        z);
     to_logits(a_, v0, n, vectors, z);
   }
 
@@ -46,6 +48,9 @@ class Tokens<Int8> : public TokenRange {
       for (int64_t k = 0; k < width; ++k) {
         turned[k * kLanes + i] = row[k];
       }
+    }
+    if (count() <= kFewRows) {
+      return quantize_few(turned.get(), kLanes, width, count(), words_.get(), scale_.get());
     }
     quantize_lanes(turned.get(), kLanes, width, start(p) + lane, word_columns(vectors(p)),
                    scale_.get() + p * kPanel + lane);

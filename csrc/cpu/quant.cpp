@@ -236,7 +236,7 @@ void quantized_linear(const QuantLinearArgs& a, int threads) {
 #if defined(__AVX2__)
   if (a.rows <= kFew) {
     const int64_t depth = round_up(width, 64);
-    const Buffer<Token> x(round_up(a.rows, kTokens) * depth);
+    const Buffer<Token> x(round_up(a.rows, kTileTokens) * depth);
     widen_tokens(static_cast<const int8_t*>(a.x), a.rows, width, depth, x.get());
     return parallel_for(ceil_div(a.weight.rows, block), threads, [&](int64_t b) {
       Block(a, b * block, std::min(block, a.weight.rows - b * block)).multiply(x.get());

@@ -15,37 +15,39 @@ namespace {
 #if defined(__AVX512VNNI__)
 constexpr int64_t kFew = 12;  // above, panels take no longer
 typedef uint8_t Token;
-typedef __m512i Wide;
+typedef __m512i AlongDepth;
 constexpr int64_t kWide = 64;  // elements of depth in a vector
-inline Wide load_token(const Token* x) { return _mm512_loadu_si512(x); }
-inline Wide load_row(const int8_t* w) { return _mm512_loadu_si512(w); }
-inline Wide dot(Wide sum, Wide token, Wide row) { return _mm512_dpbusd_epi32(sum, token, row); }
+inline AlongDepth load_token(const Token* x) { return _mm512_loadu_si512(x); }
+inline AlongDepth load_row(const int8_t* w) { return _mm512_loadu_si512(w); }
+inline AlongDepth dot(AlongDepth sum, AlongDepth token, AlongDepth row) {
+  return _mm512_dpbusd_epi32(sum, token, row);
+}
 #elif defined(__AVX512F__)
 constexpr int64_t kFew = 8;
 typedef int16_t Token;
-typedef __m512i Wide;
+typedef __m512i AlongDepth;
 constexpr int64_t kWide = 32;
-inline Wide load_token(const Token* x) { return _mm512_loadu_si512(x); }
-inline Wide load_row(const int8_t* w) {
+inline AlongDepth load_token(const Token* x) { return _mm512_loadu_si512(x); }
+inline AlongDepth load_row(const int8_t* w) {
   // With a mask of all lanes: the plain intrinsic warns of the operand that it leaves undefined.
   return _mm512_maskz_cvtepi8_epi16(0xffffffff,
                                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
 }
-inline Wide dot(Wide sum, Wide token, Wide row) {
+inline AlongDepth dot(AlongDepth sum, AlongDepth token, AlongDepth row) {
   return _mm512_add_epi32(sum, _mm512_madd_epi16(token, row));
 }
 #elif defined(__AVX2__)
 constexpr int64_t kFew = 4;
 typedef int16_t Token;
-typedef __m256i Wide;
+typedef __m256i AlongDepth;
 constexpr int64_t kWide = 16;
-inline Wide load_token(const Token* x) {
+inline AlongDepth load_token(const Token* x) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
 }
-inline Wide load_row(const int8_t* w) {
+inline AlongDepth load_row(const int8_t* w) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
 }
-inline Wide dot(Wide sum, Wide token, Wide row) {
+inline AlongDepth dot(AlongDepth sum, AlongDepth token, AlongDepth row) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(token, row));
 }
 #else
@@ -53,19 +55,19 @@ constexpr int64_t kFew = 0;
 #endif
 
 #if defined(__AVX2__)
-constexpr int kTokens = 4;  // of a tile
+constexpr int kTileTokens = 4;  // of a tile
 
 // The sum of all lanes, modulo 2^32: shifted sums may pass 2^31 on the way.
-inline uint32_t total(Wide sum) {
-  uint32_t lanes[sizeof(Wide) / 4];
+inline uint32_t total(AlongDepth sum) {
+  uint32_t lanes[sizeof(AlongDepth) / 4];
   std::memcpy(lanes, &sum, sizeof lanes);
-  return std::accumulate(lanes, lanes + sizeof(Wide) / 4, uint32_t{0});
+  return std::accumulate(lanes, lanes + sizeof(AlongDepth) / 4, uint32_t{0});
 }
 
-// Tokens [rows, width] to [rows rounded up to kTokens][depth]; 0 behind them.
+// Tokens [rows, width] to [rows rounded up to kTileTokens][depth]; 0 behind them.
 inline void widen_tokens(const int8_t* from, int64_t rows, int64_t width, int64_t depth,
                          Token* to) {
-  for (int64_t i = 0; i < round_up(rows, kTokens); ++i, to += depth) {
+  for (int64_t i = 0; i < round_up(rows, kTileTokens); ++i, to += depth) {
     const int64_t n = i < rows ? width : 0;
     for (int64_t k = 0; k < n; ++k) {
       to[k] =
@@ -78,17 +80,17 @@ inline void widen_tokens(const int8_t* from, int64_t rows, int64_t width, int64_
 // c[r][t] of R weight rows and T tokens, the whole depth; rows of c are kPanel apart.
 template <int R, int T>
 void few_tile(const int8_t* w, int64_t depth, const Token* x, int32_t* c) {
-  Wide sum[R][T], shift[R];
+  AlongDepth sum[R][T], shift[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    shift[r] = Wide{};
+    shift[r] = AlongDepth{};
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      sum[r][t] = Wide{};
+      sum[r][t] = AlongDepth{};
     }
   }
   for (int64_t k = 0; k < depth; k += kWide) {
-    Wide token[T];
+    AlongDepth token[T];
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       token[t] = load_token(x + t * depth + k);
@@ -97,7 +99,7 @@ void few_tile(const int8_t* w, int64_t depth, const Token* x, int32_t* c) {
     for (int r = 0; r < R; ++r) {
       const int8_t* at = w + r * depth + k;
       __builtin_prefetch(at + R * depth, 0, 2);
-      const Wide row = load_row(at);
+      const AlongDepth row = load_row(at);
 #if defined(__AVX512VNNI__)
       shift[r] = _mm512_dpbusd_epi32(shift[r], _mm512_set1_epi8(-128), row);  // 128, unsigned
 #endif
@@ -126,7 +128,7 @@ inline void multiply_few(const int8_t* w, int64_t rows, int64_t depth, const Tok
       one(w + r * depth, depth, x + t * depth, c + r * kPanel + t);
     }
   };
-  for (int64_t t = 0; t < tokens; t += kTokens) {
+  for (int64_t t = 0; t < tokens; t += kTileTokens) {
     if (tokens - t == 1) {
       run(few_tile<1, 1>, few_tile<4, 1>, t);
     } else if (tokens - t == 2) {
