@@ -22,6 +22,7 @@ TESTS = {
     "test_decode_int8.py": "hidden_states and (qwen2 or gemma2) and dtype0 or cache_line",
     "test_decode_lora.py": "(hidden_states and qwen2 or bits and sizes0) and dtype1",
     "test_logprob.py": "not more_logits_than_int32",
+    "test_logprob_kept.py": "dtype1 or room or accumulation or one_backward",
     "test_logprob_means.py": "dtype1 and (bits or unlikely or certain) or what_is_kept",
     "test_quant.py": "bits and not bitsandbytes and not instruction_set or by_hand",
     "test_sample.py": "not beyond_one_group",
