@@ -28,11 +28,7 @@ def ours(hidden, weight, target, entropy, workspace_mb=None, **options):
     return {name: value for name, value in out._asdict().items() if value is not None}
 
 
-def inplace(hidden, weight, target, entropy, workspace_mb=None):
-    """For one backward alone, as our trainer has it."""
-    if entropy or not weight.requires_grad:
-        raise NotImplementedError("nothing is kept in the gradient with an entropy or none")
-    return ours(hidden, weight, target, entropy, workspace_mb, inplace_backward=True)
+inplace = partial(ours, inplace_backward=True)  # as our trainer calls it
 
 
 def eager(hidden, weight, target, entropy):

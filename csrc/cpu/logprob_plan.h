@@ -9,6 +9,7 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
+constexpr int64_t kMostTogether = 8;  // chunks: what a large workspace has beyond keeps more
 constexpr int64_t kFew = 64;  // tokens; with more, a product of its own for each gradient is faster
 
 struct Plan {
@@ -61,7 +62,7 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * a.width;
 
   const int64_t free = std::max<int64_t>(workspace.limit - scratch - sums, 0);
-  plan.together = 1 + std::min(free / 3 / of_chunk, ceil_div(a.vocab, plan.chunk) - 1);
+  plan.together = std::min({1 + free / 3 / of_chunk, kMostTogether, ceil_div(a.vocab, plan.chunk)});
   scratch += (plan.together - 1) * of_chunk;
   plan.kept_lanes = plan.panels > 1 ? kPanel : kLanes * vectors_of(a.rows);
   const int64_t size = KeptBlock<Kind>::size(plan.kept_lanes);

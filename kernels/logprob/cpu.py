@@ -125,7 +125,7 @@ def backward(
     grad_hidden = new(p.hidden.shape, dtype=p.hidden.dtype) if need_hidden else None
     new = torch.empty if rows.count else torch.zeros
     grad_weight = None
-    if need_weight and p.keeps == "in_gradient":
+    if p.keeps == "in_gradient":
         grad_weight = kept if rows.count else kept.zero_()
     elif need_weight:
         grad_weight = new(p.weight.shape, dtype=p.weight.dtype)

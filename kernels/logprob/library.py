@@ -6,7 +6,7 @@ An implementation is a module beside this one with two functions,
     backward(problem, kept, upstream, needed) -> (grad_hidden, grad_weight, grad_bias)
 
 where `kept` is memory that the forward may fill with what spares the backward work, and, of means,
-has to. If `problem.keeps` is "in_gradient", grad_weight is `kept`, where that is needed.
+has to. If `problem.keeps` is "in_gradient", grad_weight is `kept`.
 """
 
 import importlib
@@ -77,7 +77,7 @@ def _room_for_all(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
 
 def where_exponentials_fit(hidden: Tensor, weight: Tensor, target: Tensor, workspace: int) -> str:
     """In the workspace, of which scratch may take half, or, if that has more room, in_gradient."""
-    if torch.compiler.is_compiling() or not weight.requires_grad:
+    if torch.compiler.is_compiling():
         return "exponentials"  # compiled code may copy what the backward writes to
     fits = workspace // 2 >= min(weight.nbytes, _room_for_all(hidden, weight, target))
     return "exponentials" if fits else "in_gradient"
