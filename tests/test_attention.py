@@ -225,6 +225,11 @@ def test_cpu_extreme_scores(dtype):
         assert all(torch.isfinite(x).all() for x in (out, lse, *gradients))
         # A float32 logsumexp in the thousands holds a probability to 1e-4 only.
         assert_accurate(inputs, layout, (out, lse, *gradients), tiny=3e-5)
+    # Of 1e9 and more, whose product with the scale rounds by 64: all weight is on one key.
+    q, k, v = draw(layout, 2, 1, 64, size=1e5)
+    out, *others = run((q, k, v), layout)
+    assert all(torch.isfinite(x).all() for x in (out, *others))
+    torch.testing.assert_close(out, run((q, k, v), layout, "reference")[0])
     one = torch.full((1, 1, 32), 1e4)
     out, lse = shared_prefix_attention(
         one, one, one, GroupLayout.from_lengths([1], [[]]), return_lse=True, impl="cpu", scale=1.0

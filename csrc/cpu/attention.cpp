@@ -107,7 +107,8 @@ class Forward : Worker<Kind> {
       for (int64_t r = 0; r < n; r += Kind::kStep) {
         Vec e[Kind::kStep] = {};
         for (int i = 0; i < Kind::kStep && r + i < n; ++i) {
-          e[i] = exp2(fma(load(z + (r + i) * kPanel), splat(unit), -max));
+          // The product is rounded as the highest was: of 1e9 and more, that changes it by 64.
+          e[i] = exp2(load(z + (r + i) * kPanel) * unit - max);
           sum += e[i];
         }
         store_depth(Kind(), reinterpret_cast<Element*>(z + r / Kind::kStep * kPanel), e);

@@ -196,7 +196,7 @@ class Backward : Worker<Kind> {
             x = tanh(x * (a.scale / a.softcap));
             slope = slope * (1.0f - x * x);
           }
-          Vec e = exp2(fma(x, splat(unit), -lse));
+          Vec e = exp2(at_most(fma(x, splat(unit), -lse), Vec{}));
           Vec g = e * (load(dp_.get() + (r + i) * kPanel + at) - delta) * slope;
           if (masked) {
             const IVec where = visible(seen, at, first + r + i);

@@ -151,6 +151,13 @@ inline void store_as(Vec x, Float type, int64_t n, char* to) {
   if (type == Float::f32 && n == kLanes) {
     return store(reinterpret_cast<float*>(to), x);
   }
+#if defined(__AVX512BF16__)
+  if (type == Float::bf16 && n == kLanes && kLanes == 16) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &rounded, sizeof rounded);
+    return;
+  }
+#endif
   float floats[kLanes];
   store(floats, x);
   from_floats(floats, type, n, to);

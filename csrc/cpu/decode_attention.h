@@ -448,7 +448,7 @@ class Attention {
     rows.stride = step * 4;
     for (int64_t i = 0; i < n; i += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, n - i));
-      for (int r = 0; r < round_up(count, 2 * kRows); ++r) {
+      for (int r = 0; r < round_up(count, kMostRows); ++r) {
         rows.row[r] = (i + std::min(r, count - 1)) * row * 4;
       }
       multiply<Floats>(rows, count, depth, b, vectors, c + i * kPanel);

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 #include "tiles.h"
@@ -23,15 +24,20 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-// Vectors per panel, chosen with kRows so that a tile of C stays in registers.
-constexpr int kVectors = kLanes == 16 ? 4 : 2;
-constexpr int kPanel = kVectors * kLanes;
-constexpr int kRows = 6;
+// Vectors per panel, chosen with kRows so that a tile of C stays in registers. A panel that is two
+// of AMX's tiles wide is read from end to end, and a slice of it finds room in every set of L1.
 #ifdef FASTRL_TILES
-constexpr int kBlock = 96;  // rows of A taken together; a multiple of 2 kRows and of a tile's rows
+constexpr int kVectors = 2;
+constexpr int kBlock =
+    96;  // rows of A taken together; a multiple of kMostRows and of a tile's rows
 #else
+constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int kBlock = 48;
 #endif
+constexpr int kPanel = kVectors * kLanes;
+constexpr int kSums = kLanes == 16 ? 24 : 12;  // vectors of C in registers
+constexpr int kRows = kSums / kVectors;
+constexpr int kMostRows = 12;  // of a narrower tile
 
 // One element of A or B as it is stored: a float, or a pair of bf16 as 32 bits. And how numbers
 // that a product will read are kept meanwhile: as exactly as that product needs them.
@@ -107,6 +113,45 @@ struct Rows {
   const char* data;
   int64_t row[kBlock];
   int64_t stride;
+  int64_t sixteen = 64;  // with AMX: bytes from 16 contiguous Elements of a row to the next 16
+};
+
+// An A that is made here, of `steps` Elements a row: row by row, or for AMX as [row / 16]
+// [step / 16][row % 16][16], so that what it reads together lies together. Rows by sixteens then.
+template <class Kind>
+struct Made {
+#ifdef FASTRL_TILES
+  static constexpr bool kTiles = Kind::kStep == 2;
+#else
+  static constexpr bool kTiles = false;
+#endif
+  int64_t steps;
+
+  // Elements from the start, for a step that is a multiple of 16.
+  int64_t at(int64_t row, int64_t step) const {
+    return kTiles ? row / 16 * 16 * steps + step * 16 + row % 16 * 16 : row * steps + step;
+  }
+  // `n` rows from `first` on; those behind them are computed, never used.
+  Rows rows(const typename Kind::Element* data, int64_t first, int n) const {
+    Rows rows;
+    rows.data = reinterpret_cast<const char*>(data);
+    rows.stride = sizeof(typename Kind::Element);
+    rows.sixteen = (kTiles ? 256 : 16) * rows.stride;
+    for (int r = 0; r < kBlock; ++r) {
+      rows.row[r] = at(first + (kTiles ? r : std::min(r, n - 1)), 0) * rows.stride;
+    }
+    return rows;
+  }
+};
+
+// Steps of depth of R x V tiles, in a product that has something to do beside it.
+inline int64_t tile_steps(int rows, int64_t steps) {
+  return (rows + 31) / 32 * ((steps + 15) / 16);
+}
+
+// What there is to do beside a product, a step at a time: nothing.
+struct Nothing {
+  void step() {}
 };
 
 // Bytes of the next slice of a panel that a step of depth asks for: all of them in a block of rows.
@@ -161,16 +206,16 @@ __attribute__((noinline)) void multiply_tile(const Rows& a, int r0, int64_t k0, 
   }
 }
 
-// C[kBlock x kPanel] = A * panel for `rows` rows (a multiple of 2 kRows is computed), the first
+// C[kBlock x kPanel] = A * panel for `rows` rows (a multiple of kMostRows is computed), the first
 // `vectors` of the panel's vectors, and `steps` Elements of depth.
 template <class Kind>
 void multiply(const Rows& a, int rows, int64_t steps, const typename Kind::Element* panel,
               int vectors, float* c) {
   constexpr int64_t kSteps = Kind::kSteps;
   if (vectors == 1) {  // few columns: each row of A streams through once
-    for (int r = 0; r < rows; r += 2 * kRows) {
+    for (int r = 0; r < rows; r += kMostRows) {
       for (int64_t k = 0; k < steps; k += kSteps) {
-        multiply_tile<Kind, 2 * kRows, 1>(a, r, k, std::min(kSteps, steps - k), panel, c, k == 0,
+        multiply_tile<Kind, kMostRows, 1>(a, r, k, std::min(kSteps, steps - k), panel, c, k == 0,
                                           reinterpret_cast<const char*>(panel));
       }
     }
@@ -193,30 +238,30 @@ void multiply(const Rows& a, int rows, int64_t steps, const typename Kind::Eleme
 
 static_assert(kLanes == 16 && kBlock % 32 == 0);
 
-// 16 rows of A from r0, 16 Elements of each, into tile T; where they do not lie as a tile is read,
-// or there are fewer Elements, through a copy.
 template <int T>
-inline void load_rows(const Rows& a, int r0, int64_t k0, int64_t steps) {
-  const int64_t stride = a.row[r0 + 1] - a.row[r0];
-  const char* from = a.data + a.row[r0] + k0 * a.stride;
-  if (steps == 16 && a.stride == 4 && a.row[r0 + 15] - a.row[r0] == 15 * stride) {
-    return tile_load<T>(from, stride);
-  }
+using Tile = std::integral_constant<int, T>;
+
+// Whether the 16 rows of A from r0 lie as a tile is read.
+inline bool is_tile(const Rows& a, int r0) {
+  return a.stride == 4 && a.row[r0 + 15] - a.row[r0] == 15 * (a.row[r0 + 1] - a.row[r0]);
+}
+
+// `steps` Elements of 16 rows of A into tile T, wherever they lie, and of 16 columns of B.
+template <int T>
+__attribute__((noinline)) void gather_rows(const Rows& a, int r0, int64_t k0, int64_t steps) {
   alignas(64) uint32_t copy[16][16] = {};
   for (int r = 0; r < 16; ++r) {
     for (int64_t k = 0; k < steps; ++k) {
-      std::memcpy(&copy[r][k], a.data + a.row[r0 + r] + (k0 + k) * a.stride, 4);
+      const int64_t at =
+          a.stride == 4 ? (k0 + k) / 16 * a.sixteen + (k0 + k) % 16 * 4 : (k0 + k) * a.stride;
+      std::memcpy(&copy[r][k], a.data + a.row[r0 + r] + at, 4);
     }
   }
   tile_load<T>(copy, 64);
 }
 
-// 16 columns of B, likewise.
 template <int T>
-inline void load_columns(const uint32_t* from, int64_t steps) {
-  if (steps == 16) {
-    return tile_load<T>(from, kPanel * 4);
-  }
+__attribute__((noinline)) void gather_columns(const uint32_t* from, int64_t steps) {
   alignas(64) uint32_t copy[16][16] = {};
   for (int64_t k = 0; k < steps; ++k) {
     std::memcpy(copy[k], from + k * kPanel, 64);
@@ -224,73 +269,117 @@ inline void load_columns(const uint32_t* from, int64_t steps) {
   tile_load<T>(copy, 64);
 }
 
-template <int T>
-inline void store_sums(float* to, bool first) {
-  if (first) {
-    return tile_store<T>(to, kPanel * 4);
-  }
-  alignas(64) float sum[16][16];
-  tile_store<T>(sum, 64);
-  for (int r = 0; r < 16; ++r) {
-    store(to + r * kPanel, load(to + r * kPanel) + load(sum[r]));
-  }
-}
-
-// R x V tiles of C: two by two loads half as many tiles as it multiplies.
+// R x V tiles of sums: from 0 or from `c`.
 template <int R, int V>
-void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint32_t* panel,
-                    float* c, bool first) {
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
-  const uint32_t* b = panel + k0 * kPanel;
-  for (int64_t k = 0; k < steps; k += 16, b += 16 * kPanel) {
-    const int64_t count = std::min<int64_t>(16, steps - k);
-    load_columns<6>(b, count);
-    load_rows<4>(a, r0, k0 + k, count);
-    tile_multiply_bf16<0, 4, 6>();
-    if constexpr (V == 2) {
-      load_columns<7>(b + 16, count);
-      tile_multiply_bf16<1, 4, 7>();
-    }
-    if constexpr (R == 2) {
-      load_rows<5>(a, r0 + 16, k0 + k, count);
-      tile_multiply_bf16<2, 5, 6>();
-      if constexpr (V == 2) {
-        tile_multiply_bf16<3, 5, 7>();
-      }
-    }
+inline void start_sums(const float* c, bool first) {
+  constexpr int64_t kStride = kPanel * 4;
+  if (first) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    return;
   }
-  float* to = c + r0 * kPanel;
-  store_sums<0>(to, first);
+  tile_load<0>(c, kStride);
   if constexpr (V == 2) {
-    store_sums<1>(to + 16, first);
+    tile_load<1>(c + 16, kStride);
   }
   if constexpr (R == 2) {
-    store_sums<2>(to + 16 * kPanel, first);
+    tile_load<2>(c + 16 * kPanel, kStride);
     if constexpr (V == 2) {
-      store_sums<3>(to + 16 * kPanel + 16, first);
+      tile_load<3>(c + 16 * kPanel + 16, kStride);
     }
   }
 }
 
-// As above: a slice of 32 columns of the panel stays in L1 while A streams by.
-template <>
-void multiply<Pairs>(const Rows& a, int rows, int64_t steps, const uint32_t* panel, int vectors,
-                     float* c) {
+template <int R, int V>
+inline void store_sums(float* c) {
+  constexpr int64_t kStride = kPanel * 4;
+  tile_store<0>(c, kStride);
+  if constexpr (V == 2) {
+    tile_store<1>(c + 16, kStride);
+  }
+  if constexpr (R == 2) {
+    tile_store<2>(c + 16 * kPanel, kStride);
+    if constexpr (V == 2) {
+      tile_store<3>(c + 16 * kPanel + 16, kStride);
+    }
+  }
+}
+
+// A step of depth of R x V tiles. load_rows(T, i) has the i-th 16 rows of A, load_columns(T, j)
+// the columns of B: two by two, half as many as are multiplied.
+template <int R, int V, class LoadRows, class LoadColumns>
+inline void multiply_step(LoadRows load_rows, LoadColumns load_columns) {
+  load_columns(Tile<6>(), 0);
+  load_rows(Tile<4>(), 0);
+  tile_multiply_bf16<0, 4, 6>();
+  if constexpr (V == 2) {
+    load_columns(Tile<7>(), 1);
+    tile_multiply_bf16<1, 4, 7>();
+  }
+  if constexpr (R == 2) {
+    load_rows(Tile<5>(), 1);
+    tile_multiply_bf16<2, 5, 6>();
+    if constexpr (V == 2) {
+      tile_multiply_bf16<3, 5, 7>();
+    }
+  }
+}
+
+// R x V tiles of C from `steps` Elements of depth.
+template <int R, int V, class Aside>
+void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint32_t* panel,
+                    float* c, bool first, Aside& aside) {
+  start_sums<R, V>(c + r0 * kPanel, first);
+  const uint32_t* b = panel + k0 * kPanel;
+  const bool even = is_tile(a, r0) && (R == 1 || is_tile(a, r0 + 16));
+  const int64_t whole = even ? steps / 16 : 0;
+  const char* rows[R];
+  int64_t stride[R];
+  for (int i = 0; i < R; ++i) {
+    const int64_t* row = a.row + r0 + 16 * i;
+    rows[i] = a.data + row[0] + k0 / 16 * a.sixteen;
+    stride[i] = row[1] - row[0];
+  }
+  for (int64_t k = 0; k < whole; ++k, b += 16 * kPanel) {
+    aside.step();
+    multiply_step<R, V>(
+        [&](auto t, int i) { tile_load_once<t.value>(rows[i] + a.sixteen * k, stride[i]); },
+        [&](auto t, int j) { tile_load<t.value>(b + 16 * j, kPanel * 4); });
+  }
+  for (int64_t k = 16 * whole; k < steps; k += 16, b += 16 * kPanel) {
+    const int64_t count = std::min<int64_t>(16, steps - k);
+    multiply_step<R, V>([&](auto t, int i) { gather_rows<t.value>(a, r0 + 16 * i, k0 + k, count); },
+                        [&](auto t, int j) { gather_columns<t.value>(b + 16 * j, count); });
+  }
+  store_sums<R, V>(c + r0 * kPanel);
+}
+
+// As above: a slice of the panel stays in L1 while A streams by. Sums go on from slice to slice.
+// aside.step() is called at every step of depth: what vectors do there takes no time of its own, as
+// long as it is less than the tiles do.
+template <class Aside>
+void multiply_beside(const Rows& a, int rows, int64_t steps, const uint32_t* panel, int vectors,
+                     float* c, Aside& aside) {
   const Tiles tiles;
   for (int64_t k = 0; k < steps; k += Pairs::kSteps) {
     const int64_t count = std::min(Pairs::kSteps, steps - k);
-    for (int j = 0; j < vectors; j += 2) {
-      for (int r = 0; r < rows; r += 32) {
-        const bool two = r + 16 < rows;
-        const auto run = vectors == 1 ? (two ? multiply_tiles<2, 1> : multiply_tiles<1, 1>)
-                                      : (two ? multiply_tiles<2, 2> : multiply_tiles<1, 2>);
-        run(a, r, k, count, panel + j * 16, c + j * 16, k == 0);
-      }
+    for (int r = 0; r < rows; r += 32) {
+      const bool two = r + 16 < rows;
+      const auto run = vectors == 1
+                           ? (two ? multiply_tiles<2, 1, Aside> : multiply_tiles<1, 1, Aside>)
+                           : (two ? multiply_tiles<2, 2, Aside> : multiply_tiles<1, 2, Aside>);
+      run(a, r, k, count, panel, c, k == 0, aside);
     }
   }
+}
+
+template <>
+inline void multiply<Pairs>(const Rows& a, int rows, int64_t steps, const uint32_t* panel,
+                            int vectors, float* c) {
+  Nothing nothing;
+  multiply_beside(a, rows, steps, panel, vectors, c, nothing);
 }
 
 #endif

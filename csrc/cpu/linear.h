@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kTokens = 2048;  // packed at a time, fewer where they take more than
 constexpr int64_t kTokenBytes = 8 << 20;
+constexpr int64_t kWorthTiling = 8;  // panels that meet a block of the weight
+constexpr int64_t kMostBlocks = 8;   // of the weight together
 
 inline Vec tanh(Vec x) {
   const Vec square = x * x;
@@ -98,12 +100,29 @@ class Tokens : public TokenRange {
   // Of the weight's rows as the products get them.
   Float type() const { return Kind::kStep == 1 && panels() > 1 ? Float::f32 : a_.weight_type; }
 
-  // Rows [v0, v0 + n) of the weight; as floats in `scratch` [kBlock, H] if they are not stored so
-  // and more than one panel wants them.
+  // Of depth, at which logits take a step beside; at least one.
+  int64_t steps(int rows) const { return tile_steps(rows, steps_); }
+
+  // Of a block of the weight's rows.
+  int64_t scratch() const { return kBlock * round_up(a_.width, 32); }
+
+  // Blocks of the weight's rows that stay in L2 while panel after panel meets them: a product of
+  // pairs is done with a block sooner than L3 has brought the next panel.
+  int64_t blocks_together() const {
+    constexpr int64_t kBytes = 3 << 18;
+    const int64_t fit = kBytes / (kBlock * a_.width * bytes(a_.weight_type));
+    return Kind::kStep == 1 || panels() == 1 ? 1 : std::clamp<int64_t>(fit, 1, kMostBlocks);
+  }
+
+  // Rows [v0, v0 + n) of the weight; in `scratch` [kBlock, H], as floats if they are not stored so
+  // and more than one panel wants them, or in tiles if many do.
   Rows weight_rows(int64_t v0, int n, float* scratch) const {
     const auto* weight = static_cast<const char*>(a_.weight);
     const bool convert = type() != a_.weight_type;
     const int64_t stride = a_.weight_stride * bytes(a_.weight_type);
+    if (Made<Kind>::kTiles && panels() >= kWorthTiling) {
+      return in_tiles(weight + v0 * stride, stride, n, reinterpret_cast<Element*>(scratch));
+    }
     Rows rows;
     rows.data = convert ? reinterpret_cast<const char*>(scratch) : weight;
     rows.stride = sizeof(Element);
@@ -117,12 +136,16 @@ class Tokens : public TokenRange {
     return rows;
   }
 
-  // Logits before the temperature, z[kBlock, kPanel].
-  void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
+  // Logits before the temperature, z[kBlock, kPanel]. Steps of `aside` are taken on the way, if
+  // the product leaves time for them.
+  template <class Aside>
+  void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z, Aside& aside) const {
     const int vectors = this->vectors(p);
     const Element* panel = packed_.get() + p * kPanel * steps_;
     const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
-    if constexpr (Kind::kStep == 1) {
+    if constexpr (Made<Kind>::kTiles) {
+      multiply_beside(rows, n, steps_, panel, vectors, z, aside);
+    } else if constexpr (Kind::kStep == 1) {
       if (vectors == 1) {  // few tokens: reading the weight is what takes time
         multiply_few(even, type(), n, steps_, {panel, columns(p), 1, in_panel(p)}, z);
       } else if (panels() == 1) {
@@ -138,13 +161,32 @@ class Tokens : public TokenRange {
     to_logits(a_, v0, n, vectors, z);
   }
 
+  void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
+    Nothing nothing;
+    logits(rows, v0, n, p, z, nothing);
+  }
+
  private:
+  // 16-bit rows, `stride` bytes apart.
+  Rows in_tiles(const char* from, int64_t stride, int n, Element* to) const {
+    const Made<Kind> made{round_up(steps_, 16)};
+    for (int r = 0; r < n; ++r) {
+      const auto* row = reinterpret_cast<const float*>(from + r * stride);
+      int64_t k = 0;
+      for (; k + 16 <= steps_; k += 16) {
+        store(reinterpret_cast<float*>(to + made.at(r, k)), load(row + k));
+      }
+      std::memcpy(to + made.at(r, k), row + k, (steps_ - k) * sizeof(Element));
+    }
+    return made.rows(to, 0, n);
+  }
+
   void pack_panel(int64_t p) {
     Element* panel = packed_.get() + p * kPanel * steps_;
-    Buffer<char> row(steps_ * sizeof(Element));
-    const int64_t columns = this->columns(p);
+    const int64_t columns = this->columns(p), padded = round_up(steps_, kLanes);
+    Buffer<Element> rows(columns * padded);
     for (int64_t i = 0; i < columns; ++i) {
-      auto* elements = reinterpret_cast<Element*>(row.get());
+      Element* const elements = rows.get() + i * padded;
       if (i < in_panel(p)) {
         const int64_t at = a_.row(first() + p * kPanel + i) * a_.width * bytes(a_.hidden_type);
         const char* from = static_cast<const char*>(a_.hidden) + at;
@@ -154,10 +196,15 @@ class Tokens : public TokenRange {
           std::memcpy(elements, from, steps_ * sizeof(Element));
         }
       } else {
-        std::memset(row.get(), 0, steps_ * sizeof(Element));
+        std::memset(elements, 0, steps_ * sizeof(Element));
       }
+    }
+    if (columns % kLanes == 0) {
+      return transpose_words(rows.get(), padded, columns, steps_, panel, columns);
+    }
+    for (int64_t i = 0; i < columns; ++i) {
       for (int64_t k = 0; k < steps_; ++k) {
-        panel[k * columns + i] = elements[k];
+        panel[k * columns + i] = rows[i * padded + k];
       }
     }
   }

@@ -102,28 +102,68 @@ class Forward {
   // Panels [p0, p1) of it; take(at, n, p, z) has the n rows from row `at` of the chunk on.
   template <class Take>
   void fold_chunk(int64_t c, int64_t p0, int64_t p1, Take take) const {
-    Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
+    const int64_t together = tokens_.blocks_together(), size = tokens_.scratch();
+    Buffer<float> z(2 * kBlock * kPanel), scratch(together * size);
     const int64_t first = c * chunk_, rows_of_chunk = std::min(chunk_, a_.vocab - first);
     if (args_.workspace.in_gradient && tokens_.first() == 0 && p0 == 0) {
       make_rows(args_.workspace.kept, a_.vocab, a_.width * bytes(a_.weight_type), first,
                 rows_of_chunk);
     }
-    for (int64_t at = 0; at < rows_of_chunk; at += kBlock) {
-      const int64_t v0 = first + at;
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows_of_chunk - at));
-      const Rows rows = tokens_.weight_rows(v0, n, scratch.get());
-      for (int64_t p = p0; p < p1; ++p) {
-        tokens_.logits(rows, v0, n, p, z.get());
-        fold(z.get(), n, tokens_.vectors(p), inv_temperature(p), at == 0, running_[c * panels_ + p],
-             plan_.template kept_block<Kind>(args_.workspace.kept, v0,
-                                             tokens_.first() / kPanel + p));
-        for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
-          const int64_t t = p * kPanel + i, v = a_.target[a_.row(tokens_.first() + t)] - v0;
-          if (v >= 0 && v < n) {
-            at_target_[t] = z[v * kPanel + i] * inv_temperature_[t];
+    Rows rows[kMostBlocks];
+    Folding<Kind> folding;
+    struct {
+      int64_t at, p;
+      int n = 0;
+      float* z;
+    } before, now;
+    now.z = z.get();
+    before.z = z.get() + kBlock * kPanel;
+    const auto finish = [&] {
+      folding.finish();
+      if (before.n > 0) {
+        take(before.at, before.n, before.p, before.z);
+      }
+      before.n = 0;
+    };
+    for (int64_t b0 = 0; b0 < rows_of_chunk; b0 += together * kBlock) {
+      const int64_t end = std::min(b0 + together * kBlock, rows_of_chunk);
+      const auto in_block = [&](int64_t at) {
+        return static_cast<int>(std::min<int64_t>(kBlock, rows_of_chunk - at));
+      };
+      for (int64_t at = b0; at < end; at += kBlock) {
+        const int64_t b = (at - b0) / kBlock;
+        rows[b] = tokens_.weight_rows(first + at, in_block(at), scratch.get() + b * size);
+      }
+      for (now.p = p0; now.p < p1; ++now.p) {
+        for (now.at = b0; now.at < end; now.at += kBlock) {
+          now.n = in_block(now.at);
+          const int64_t v0 = first + now.at;
+          tokens_.logits(rows[(now.at - b0) / kBlock], v0, now.n, now.p, now.z, folding);
+          finish();
+          take_targets(v0, now.n, now.p, now.z);
+          folding.start(now.z, now.n, tokens_.vectors(now.p), inv_temperature(now.p), now.at == 0,
+                        running_[c * panels_ + now.p],
+                        plan_.template kept_block<Kind>(args_.workspace.kept, v0,
+                                                        tokens_.first() / kPanel + now.p),
+                        tokens_.steps(now.n));
+          std::swap(before, now);
+          now.p = before.p;
+          now.at = before.at;
+          if (!Made<Kind>::kTiles) {
+            finish();
           }
         }
-        take(at, n, p, z.get());
+      }
+    }
+    finish();
+  }
+
+  // The targets among n rows from v0 on.
+  void take_targets(int64_t v0, int n, int64_t p, const float* z) const {
+    for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+      const int64_t t = p * kPanel + i, v = a_.target[a_.row(tokens_.first() + t)] - v0;
+      if (v >= 0 && v < n) {
+        at_target_[t] = z[v * kPanel + i] * inv_temperature_[t];
       }
     }
   }

@@ -19,6 +19,7 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
+constexpr int64_t kBlocks = 2;      // of the vocabulary that a thread takes together
 constexpr float kNothing = 1e-37f;  // probabilities below it count as 0, lest subnormals appear
 
 // What a token contributes to the gradient of its logits; all 0 in lanes without a token.
@@ -41,6 +42,7 @@ class Backward {
         a_(args.linear),
         threads_(threads),
         plan_(make_plan<Kind>(a_, args.workspace)),
+        by_row_{plan_.g_stride / Kind::kStep},
         want_weight_(args.grad_weight || args.grad_bias),
         one_walk_(want_weight_ && (plan_.one_walk || a_.hidden_type == Float::f32)),
         several_(a_.rows > plan_.capacity),
@@ -106,7 +108,7 @@ class Backward {
 
   void chunk_of_few(int64_t c, float* all) const {
     const int64_t first = c * plan_.chunk, rows = std::min(plan_.chunk, a_.vocab - first);
-    Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width), g(kBlock * a_.rows);
+    Buffer<float> z(kBlock * kPanel), scratch(tokens_.scratch()), g(kBlock * a_.rows);
     Buffer<float> sums(args_.grad_hidden ? a_.rows * plan_.columns : 0);
     std::fill_n(sums.get(), args_.grad_hidden ? a_.rows * plan_.columns : 0, 0.0f);
     const auto* weight = static_cast<const char*>(a_.weight);
@@ -124,9 +126,10 @@ class Backward {
             : multiply_both<false, true>;
     for (int64_t at = 0; at < rows; at += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - at));
-      differentiate(first + at, n, args_.grad_bias, z.get(), scratch.get(), [&](int64_t p) {
-        tile_gradients(z.get(), n, tokens_.in_panel(p), a_.rows, g.get() + p * kPanel * kTile);
-      });
+      differentiate(
+          first + at, n, args_.grad_bias, z.get(), scratch.get(), [&](int64_t, int, int64_t p) {
+            tile_gradients(z.get(), n, tokens_.in_panel(p), a_.rows, g.get() + p * kPanel * kTile);
+          });
       make_rows(first + at, n);
       if (args_.grad_weight || args_.grad_hidden) {
         multiply(operands, g.get(), first + at, n, at, rows, {sums.get(), all});
@@ -220,18 +223,26 @@ class Backward {
   // Some chunks of the vocabulary, from row `first` on, and the tokens taken.
   void chunks(int64_t first, bool weight, bool hidden, bool pack_weight) {
     const int64_t rows = std::min(rows_at_once_, a_.vocab - first);
-    parallel_for(ceil_div(rows, kBlock), threads_, [&](int64_t b) {
-      const int64_t at = b * kBlock, c = at / plan_.chunk, in_chunk = at % plan_.chunk;
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - at));
-      Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
-      Buffer<Element> by_row(kBlock * plan_.g_stride / Kind::kStep);
-      differentiate(first + at, n, weight && args_.grad_bias, z.get(), scratch.get(),
-                    [&](int64_t p) { keep(c, in_chunk, n, p, z.get(), by_row.get()); });
-      if (hidden && pack_weight) {
-        weight_sums_.pack(c, first + at - in_chunk, in_chunk, n);
+    const int64_t blocks = ceil_div(rows, kBlock);
+    const int64_t most = Made<Kind>::kTiles ? kBlocks : 1;
+    const int64_t each = std::clamp<int64_t>(blocks / (4 * threads_), 1, most);
+    parallel_for(ceil_div(blocks, each), threads_, [&](int64_t task) {
+      const int64_t begin = task * each * kBlock, end = std::min(begin + each * kBlock, rows);
+      const int64_t size = kBlock * plan_.g_stride / Kind::kStep;
+      Buffer<float> z(kBlock * kPanel), scratch(each * tokens_.scratch());
+      Buffer<Element> by_row(each * size);
+      differentiate(first + begin, end - begin, weight && args_.grad_bias, z.get(), scratch.get(),
+                    [&](int64_t b, int n, int64_t p) {
+                      const int64_t at = begin + b * kBlock;
+                      keep(at / plan_.chunk, at % plan_.chunk, n, p, z.get(),
+                           by_row.get() + b * size);
+                    });
+      for (int64_t at = begin; hidden && pack_weight && at < end; at += kBlock) {
+        const int64_t c = at / plan_.chunk, in_chunk = at % plan_.chunk;
+        weight_sums_.pack(c, first + at - in_chunk, in_chunk, rows_in_block(at, end));
       }
       if (weight && args_.grad_weight) {
-        add_grad_weight(first + at, at, n, by_row.get(), z.get());
+        add_grad_weight(first + begin, begin, end - begin, by_row.get(), z.get());
       }
     });
     if (hidden) {
@@ -240,65 +251,82 @@ class Backward {
     }
   }
 
-  // A block of vocabulary rows: the gradients of their logits, before scale and bias, are left in z
-  // and taken from there, a panel of tokens at a time.
+  static int rows_in_block(int64_t at, int64_t end) {
+    return static_cast<int>(std::min<int64_t>(kBlock, end - at));
+  }
+
+  // Blocks of vocabulary rows: the gradients of a block's logits, before scale and bias, are left
+  // in z and taken from there, a panel of tokens at a time: take(block, its rows, panel).
   template <class Take>
-  void differentiate(int64_t v0, int n, bool bias, float* z, float* scratch, Take take) const {
-    double sum[kBlock] = {};
-    Rows rows;
-    bool have_rows = false;
+  void differentiate(int64_t v0, int64_t count, bool bias, float* z, float* scratch,
+                     Take take) const {
+    const int64_t blocks = ceil_div(count, kBlock);
+    double sum[kBlocks * kBlock] = {};
+    Rows rows[kBlocks];
+    bool have_rows[kBlocks] = {};
     for (int64_t p = 0; p < tokens_.panels(); ++p) {
-      const Upstream& u = upstream_[p];
-      const int vectors = tokens_.vectors(p);
-      const auto kept =
-          plan_.template kept_block<Kind>(args_.workspace.kept, v0, tokens_.first() / kPanel + p);
-      float before[kPanel] = {};  // the targets' logits, for the cap
-      if (kept.max == nullptr || u.spread) {
-        if (!have_rows) {
-          rows = tokens_.weight_rows(v0, n, scratch);
-          have_rows = true;
-        }
-        tokens_.logits(rows, v0, n, p, z);
-        for (int64_t i = 0; a_.softcap > 0.0f && i < tokens_.in_panel(p); ++i) {
-          const int64_t v = u.target[i] - v0;
-          before[i] = v >= 0 && v < n ? z[v * kPanel + i] : 0.0f;
-        }
-        for (int at = 0; at < vectors * kLanes; at += kLanes) {
-          if (u.spread || plan_.exact) {
-            differentiate_fully(u, n, at, z + at);
-          } else {
-            differentiate_lanes(
-                u, n, at, highest_of(z + at, n, load(u.inv_temperature + at)),
-                [&](int r, Vec scale, Vec highest) {
-                  return Kind::rounded(exp_from_lowest(below(z + r * kPanel + at, scale, highest)));
-                },
-                z + at);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int n = rows_in_block(b * kBlock, count);
+        differentiate_block(v0 + b * kBlock, n, p, z, [&]() -> const Rows& {
+          if (!have_rows[b]) {
+            rows[b] = tokens_.weight_rows(v0 + b * kBlock, n, scratch + b * tokens_.scratch());
+            have_rows[b] = true;
+          }
+          return rows[b];
+        });
+        for (int r = 0; bias && r < n; ++r) {
+          for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+            sum[b * kBlock + r] += z[r * kPanel + i];
           }
         }
-      } else {
-        for (int at = 0; at < vectors * kLanes; at += kLanes) {
-          differentiate_lanes(
-              u, n, at, load(kept.max + at),
-              [&](int r, Vec, Vec) { return Kind::kept(kept.e + r * kept.lanes + at); }, z + at);
-        }
+        take(b, n, p);
       }
-      for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
-        const int64_t v = u.target[i] - v0;
-        if (v >= 0 && v < n) {
-          const float capped = a_.softcap > 0.0f ? before[i] / a_.softcap : 0.0f;
-          z[v * kPanel + i] = u.at_target[i] * (1.0f - capped * capped);
-        }
-      }
-      for (int r = 0; bias && r < n; ++r) {
-        for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
-          sum[r] += z[r * kPanel + i];
-        }
-      }
-      take(p);
     }
-    for (int r = 0; bias && r < n; ++r) {
+    for (int64_t r = 0; bias && r < count; ++r) {
       float& to = args_.grad_bias[v0 + r];
       to = static_cast<float>(sum[r] + (tokens_.first() ? to : 0.0f));
+    }
+  }
+
+  // One of them, with one panel; rows() has the weight's, if they are needed.
+  template <class GetRows>
+  void differentiate_block(int64_t v0, int n, int64_t p, float* z, GetRows get_rows) const {
+    const Upstream& u = upstream_[p];
+    const int vectors = tokens_.vectors(p);
+    const auto kept =
+        plan_.template kept_block<Kind>(args_.workspace.kept, v0, tokens_.first() / kPanel + p);
+    float before[kPanel] = {};  // the targets' logits, for the cap
+    if (kept.max == nullptr || u.spread) {
+      tokens_.logits(get_rows(), v0, n, p, z);
+      for (int64_t i = 0; a_.softcap > 0.0f && i < tokens_.in_panel(p); ++i) {
+        const int64_t v = u.target[i] - v0;
+        before[i] = v >= 0 && v < n ? z[v * kPanel + i] : 0.0f;
+      }
+      for (int at = 0; at < vectors * kLanes; at += kLanes) {
+        if (u.spread || plan_.exact) {
+          differentiate_fully(u, n, at, z + at);
+        } else {
+          differentiate_lanes(
+              u, n, at, highest_of(z + at, n, load(u.inv_temperature + at)),
+              [&](int r, Vec scale, Vec highest) {
+                return Kind::rounded(exp_from_lowest(below(z + r * kPanel + at, scale, highest)));
+              },
+              z + at);
+        }
+      }
+    } else {
+      for (int at = 0; at < vectors * kLanes; at += kLanes) {
+        differentiate_lanes(
+            u, n, at, load(kept.max + at),
+            [&](int r, Vec, Vec) { return Kind::kept(kept.e + r * kept.lanes + at); }, z + at);
+      }
+    }
+    for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
+      const int64_t v = u.target[i] - v0;
+      if (v >= 0 && v < n) {
+        const float capped = a_.softcap > 0.0f ? before[i] / a_.softcap : 0.0f;
+        z[v * kPanel + i] = u.at_target[i] * (1.0f - capped * capped);
+      }
     }
   }
 
@@ -349,10 +377,13 @@ class Backward {
         weight_sums_.keep(c, in_chunk, n, p, tokens, z);
       }
     } else {
-      auto* by_row = reinterpret_cast<uint16_t*>(of_row) + p * kPanel;
-      round_rows<Kind>(z, n, tokens, by_row, plan_.g_stride);
+      Element* first = of_row + by_row_.at(0, p * kPanel / Kind::kStep);
+      const Halves rounded = {reinterpret_cast<uint16_t*>(first),
+                              (by_row_.at(1, 0) - by_row_.at(0, 0)) * Kind::kStep,
+                              (by_row_.at(16, 0) - by_row_.at(0, 0)) * Kind::kStep};
+      round_rows<Kind>(z, n, tokens, rounded);
       if (args_.grad_hidden) {
-        weight_sums_.keep(c, in_chunk, n, p, tokens, by_row, plan_.g_stride);
+        weight_sums_.keep(c, in_chunk, n, p, tokens, rounded);
       }
     }
   }
@@ -364,33 +395,37 @@ class Backward {
     }
   }
 
-  // n rows from v0 on, row `at` of those at once.
-  void add_grad_weight(int64_t v0, int64_t at, int n, const Element* by_row, float* c) const {
-    Rows rows;
-    rows.data = reinterpret_cast<const char*>(by_row);
-    rows.stride = sizeof(Element);
-    for (int r = 0; r < kBlock; ++r) {
-      rows.row[r] = std::min(r, n - 1) * plan_.g_stride * (4 / Kind::kStep);
+  // Blocks of rows from v0 on, row `at` of those at once.
+  void add_grad_weight(int64_t v0, int64_t at, int64_t count, const Element* by_row,
+                       float* c) const {
+    const int64_t blocks = ceil_div(count, kBlock), size = kBlock * plan_.g_stride / Kind::kStep;
+    Rows rows[kBlocks];
+    for (int64_t b = 0; b < blocks; ++b) {
+      rows[b] = by_row_.rows(by_row + b * size, 0, rows_in_block(b * kBlock, count));
     }
     const int64_t depth = depth_of_tokens();
     const bool last = tokens_.first() + tokens_.count() == a_.rows;
-    make_rows(v0, last ? n : 0);
+    make_rows(v0, last ? count : 0);
     for (int64_t h = 0; h < a_.width; h += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, a_.width - h);
-      multiply<Kind>(rows, n, depth / Kind::kStep, hidden_.get() + h * depth / Kind::kStep,
-                     kVectors, c);
-      for (int r = 0; r < n; ++r) {
-        float* sum = c + r * kPanel;
-        if (several_) {
-          float* kept = grad_weight_.get() + (at + r) * a_.width + h;
-          for (int64_t i = 0; i < width; ++i) {
-            sum[i] += tokens_.first() ? kept[i] : 0.0f;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int n = rows_in_block(b * kBlock, count);
+        multiply<Kind>(rows[b], n, depth / Kind::kStep, hidden_.get() + h * depth / Kind::kStep,
+                       kVectors, c);
+        for (int r = 0; r < n; ++r) {
+          const int64_t row = b * kBlock + r;
+          float* sum = c + r * kPanel;
+          if (several_) {
+            float* kept = grad_weight_.get() + (at + row) * a_.width + h;
+            for (int64_t i = 0; i < width; ++i) {
+              sum[i] += tokens_.first() ? kept[i] : 0.0f;
+            }
+            std::memcpy(kept, sum, width * sizeof(float));
           }
-          std::memcpy(kept, sum, width * sizeof(float));
-        }
-        if (last) {
-          const int64_t to = ((v0 + r) * a_.width + h) * bytes(a_.weight_type);
-          from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + to);
+          if (last) {
+            const int64_t to = ((v0 + row) * a_.width + h) * bytes(a_.weight_type);
+            from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + to);
+          }
         }
       }
     }
@@ -400,6 +435,7 @@ class Backward {
   const LinearArgs& a_;
   const int threads_;
   const Plan plan_;
+  const Made<Kind> by_row_;  // G of a block
   const bool want_weight_;
   const bool one_walk_;
   const bool several_;  // the tokens do not fit in one go

@@ -122,8 +122,9 @@ class Means {
       weight_sums_.keep(c, at, n, p, tokens, e);
     } else {
       alignas(64) uint16_t halves[kBlock * kPanel];
-      round_rows<Kind>(e, n, tokens, halves, kPanel);
-      weight_sums_.keep(c, at, n, p, tokens, halves, kPanel);
+      const Halves rounded = {halves, kPanel, 16 * kPanel};
+      round_rows<Kind>(e, n, tokens, rounded);
+      weight_sums_.keep(c, at, n, p, tokens, rounded);
     }
   }
 

@@ -168,7 +168,9 @@ class Block {
 // Enough blocks for the threads to share evenly; few tokens take rows that stay in L2.
 int64_t rows_in_block(const QuantLinearArgs& a, int threads) {
   const int64_t even = round_up(ceil_div(a.weight.rows, 4 * threads), 48);
-  return a.rows <= kPanel ? 48 : std::min(even, kWeightRows);
+  const int64_t near = (1 << 20) / round_up(a.weight.columns, 64) / 32 * 32;
+  const int64_t most = kTogether > 1 ? kWeightRows : std::clamp<int64_t>(near, 64, kWeightRows);
+  return a.rows <= kPanel ? 48 : std::min(even, most);
 }
 
 }  // namespace

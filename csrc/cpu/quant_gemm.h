@@ -29,10 +29,15 @@ constexpr bool kShifted = true;
 #else
 constexpr bool kShifted = false;
 #endif
-constexpr int64_t kWeightRows = 192;  // taken together: multiples of 2 kRows, of kLanes, of 32
-constexpr int64_t kTogether = 4;      // panels whose sums are held at a time
+constexpr int64_t kWeightRows = 192;  // taken together: multiples of kMostRows, of kLanes, of 32
+// Panels whose sums are held at a time; tiles meet all depth of a block, which stays in L2.
+#ifdef FASTRL_TILES
+constexpr int64_t kTogether = 1;
+#else
+constexpr int64_t kTogether = 4;
+#endif
 // Words of depth taken at a time: a slice of a panel stays in L1 while the weight rows pass.
-constexpr int64_t kWords = kLanes == 16 ? 128 : 256;
+constexpr int64_t kWords = kPanel > 32 ? 128 : 256;
 
 inline int64_t words(int64_t depth) { return round_up(depth, 64) / kDepth; }
 
@@ -46,17 +51,20 @@ inline void pack_tokens(const int8_t* from, int64_t rows, int64_t width, uint32_
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(line[i], from + i * width + k, n);
     }
+    if constexpr (kDepth == 4) {
+      uint32_t* to = panel + k / 4 * kPanel;
+      transpose_words(line, 16, kPanel, 16, to, kPanel);
+      for (int i = 0; kShifted && i < 16 * kPanel; ++i) {
+        to[i] ^= 0x80808080u;
+      }
+      continue;
+    }
     for (int64_t w = k / kDepth; w < std::min(count, (k + 64) / kDepth); ++w) {
       uint32_t* to = panel + w * kPanel;
       for (int i = 0; i < kPanel; ++i) {
         const int8_t* at = line[i] + w * kDepth - k;
-        if constexpr (kDepth == 4) {
-          std::memcpy(to + i, at, 4);
-          to[i] ^= kShifted ? 0x80808080u : 0u;
-        } else {
-          to[i] = static_cast<uint16_t>(int16_t{at[0]}) |
-                  static_cast<uint32_t>(static_cast<uint16_t>(int16_t{at[1]})) << 16;
-        }
+        to[i] = static_cast<uint16_t>(int16_t{at[0]}) |
+                static_cast<uint32_t>(static_cast<uint16_t>(int16_t{at[1]})) << 16;
       }
     }
   }
@@ -138,14 +146,11 @@ __attribute__((noinline)) void multiply_words(const WeightRows& w, int64_t r0, i
 
 #ifdef FASTRL_TILES
 
-// 16 weight rows of 64 bytes; those that are not there are 0.
+// 16 weight rows of 64 bytes at the end of a block; those that are not there are 0.
 template <int T>
-inline void load_weights(const WeightRows& w, int64_t r, int64_t at) {
-  if (r + 16 <= w.rows) {
-    return tile_load<T>(w.row(r) + at, w.stride);
-  }
+__attribute__((noinline)) void load_last_weights(const WeightRows& w, int64_t r, int64_t at) {
   alignas(64) char copy[16][64] = {};
-  for (int64_t i = r; i < w.rows; ++i) {
+  for (int64_t i = r; i < std::min(r + 16, w.rows); ++i) {
     std::memcpy(copy[i - r], w.row(i) + at, 64);
   }
   tile_load<T>(copy, 64);
@@ -170,17 +175,29 @@ void multiply_bytes(const WeightRows& w, int64_t r, int64_t count, const uint32_
       tile_load<3>(to + 16 * kPanel + 16, kStride);
     }
   }
-  for (int64_t k = 0; k < count; k += 16, panel += 16 * kPanel) {
-    tile_load<6>(panel, kStride);
-    load_weights<4>(w, r, k * 4);
-    load_weights<5>(w, r + 16, k * 4);
-    tile_multiply_int8<0, 4, 6>();
-    tile_multiply_int8<2, 5, 6>();
-    if constexpr (V == 2) {
-      tile_load<7>(panel + 16, kStride);
-      tile_multiply_int8<1, 4, 7>();
-      tile_multiply_int8<3, 5, 7>();
+  const auto multiply = [&](auto load_rows) {
+    for (int64_t k = 0; k < count; k += 16, panel += 16 * kPanel) {
+      tile_load<6>(panel, kStride);
+      load_rows(Tile<4>(), 0, k * 4);
+      tile_multiply_int8<0, 4, 6>();
+      if constexpr (V == 2) {
+        tile_load<7>(panel + 16, kStride);
+        tile_multiply_int8<1, 4, 7>();
+      }
+      load_rows(Tile<5>(), 16, k * 4);
+      tile_multiply_int8<2, 5, 6>();
+      if constexpr (V == 2) {
+        tile_multiply_int8<3, 5, 7>();
+      }
     }
+  };
+  if (r + 32 <= w.rows) {
+    const char* rows = w.row(r);
+    multiply([&](auto t, int64_t i, int64_t at) {
+      tile_load_once<t.value>(rows + i * w.stride + at, w.stride);
+    });
+  } else {
+    multiply([&](auto t, int64_t i, int64_t at) { load_last_weights<t.value>(w, r + i, at); });
   }
   tile_store<0>(to, kStride);
   tile_store<2>(to + 16 * kPanel, kStride);
@@ -197,11 +214,9 @@ inline void multiply_slice(const WeightRows& w, int64_t count, const uint32_t* p
                            int32_t* c) {
 #ifdef FASTRL_TILES
   const Tiles tiles;
-  for (int j = 0; j < vectors; j += 2) {
-    const auto run = vectors - j == 1 ? multiply_bytes<1> : multiply_bytes<2>;
-    for (int64_t r = 0; r < w.rows; r += 32) {
-      run(w, r, count, panel + j * 16, c + j * 16);
-    }
+  const auto run = vectors == 1 ? multiply_bytes<1> : multiply_bytes<2>;
+  for (int64_t r = 0; r < w.rows; r += 32) {
+    run(w, r, count, panel, c);
   }
 #else
   const auto run = [&](auto multiply, int rows) {
@@ -210,10 +225,9 @@ inline void multiply_slice(const WeightRows& w, int64_t count, const uint32_t* p
     }
   };
   if (vectors == 1) {
-    run(multiply_words<2 * kRows, 1>, 2 * kRows);
+    run(multiply_words<kMostRows, 1>, kMostRows);
   } else if (vectors == 2) {
-    constexpr int kMore = kVectors == 4 ? 2 * kRows : kRows;
-    run(multiply_words<kMore, 2>, kMore);
+    run(multiply_words<kSums / 2, 2>, kSums / 2);
   } else {
     run(multiply_words<kRows, kVectors>, kRows);
   }

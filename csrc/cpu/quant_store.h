@@ -44,15 +44,7 @@ void store_panel(const QuantLinearArgs& a, const Sum* sums, int64_t n0, int64_t 
       for (int64_t t = 0; t < present; ++t, to += out_rows * size) {
         Vec out = (y[t] * x_scale[i + t]) * scale;
         out = a.bias ? out + bias : out;
-        float row[kLanes];
-        store(row, out);
-        if (count < kLanes) {
-          from_floats(row, a.out_type, count, to);
-        } else if (a.out_type == Float::f32) {
-          store(reinterpret_cast<float*>(to), out);
-        } else {
-          from_floats(row, a.out_type, kLanes, to);
-        }
+        store_as(out, a.out_type, count, to);
       }
     }
   }

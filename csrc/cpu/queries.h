@@ -177,26 +177,6 @@ inline Vec exp2(Vec x) {
   return select(x < splat(-126.0f), Vec{}, as_float(as_int(p) + (as_int(shifted) << 23)));
 }
 
-// to[w * to_stride + r] = from[r * stride + w] for 32-bit words. `from` can be read, and a row of
-// `to` written, up to a multiple of kLanes.
-inline void transpose_words(const void* from, int64_t stride, int64_t rows, int64_t words, void* to,
-                            int64_t to_stride) {
-  const auto* source = static_cast<const float*>(from);
-  auto* target = static_cast<float*>(to);
-  for (int64_t w = 0; w < words; w += kLanes) {
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      Vec tile[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        tile[i] = load(source + (r + i) * stride + w);
-      }
-      transpose(tile);
-      for (int i = 0; i < std::min<int64_t>(kLanes, words - w); ++i) {
-        store(target + (w + i) * to_stride + r, tile[i]);
-      }
-    }
-  }
-}
-
 // kStep neighbouring rows of C as a row of the depth of the next product.
 inline void store_depth(Floats, float* to, const Vec (&rows)[1]) { store(to, rows[0]); }
 

@@ -36,6 +36,11 @@ struct KeptBlock {
 
   KeptBlock(void* block, int64_t lanes)
       : max(static_cast<float*>(block)), e(reinterpret_cast<Kept*>(max + lanes)), lanes(lanes) {}
+  KeptBlock from_row(int64_t r) const {
+    KeptBlock rest = *this;
+    rest.e += r * lanes;
+    return rest;
+  }
   static int64_t size(int64_t lanes) { return lanes * (sizeof(float) + kBlock * sizeof(Kept)); }
 
   float* max;     // [lanes], or null
@@ -71,37 +76,91 @@ void sum_block(const float* z, int n, Vec scale, Vec highest, const KeptBlock<Ki
   }
 }
 
-template <class Kind = Floats>
-void fold(const float* z, int n, int vectors, const float* inv_temperature, bool first, Running& to,
-          const KeptBlock<Kind>& kept = {nullptr, 0}) {
-  for (int at = 0; at < vectors * kLanes; at += kLanes) {
-    const Vec scale = load(inv_temperature + at);
-    Vec highest = highest_of(z + at, n, scale), sum = {}, weighted = {};
-    if (kept.max) {
-      store(kept.max + at, highest);
-      sum_block<Kind, true>(z + at, n, scale, highest, kept, at, sum, weighted);
-    } else {
-      sum_block<Kind, false>(z + at, n, scale, highest, kept, at, sum, weighted);
-    }
-    if (!first) {
-      const Vec before = load(to.max + at), both = at_least(before, highest);
-      const auto relative_to_both = [&](Vec max, Vec& sum, Vec& weighted) {
-        const Vec down = at_least(max - both, splat(kLowest)), factor = exp_from_lowest(down);
-        weighted = (weighted + down * sum) * factor;
-        sum = sum * factor;
-      };
-      Vec sum_before = load(to.sum + at), weighted_before = load(to.weighted + at);
-      relative_to_both(before, sum_before, weighted_before);
-      relative_to_both(highest, sum, weighted);
-      sum = sum_before + sum;
-      weighted = weighted_before + weighted;
-      highest = both;
-    }
-    store(to.max + at, highest);
-    store(to.sum + at, sum);
-    store(to.weighted + at, weighted);
+// A block's statistics, of kLanes tokens from `at` on, join those before it.
+inline void join(Vec highest, Vec sum, Vec weighted, int at, bool first, Running& to) {
+  if (!first) {
+    const Vec before = load(to.max + at), both = at_least(before, highest);
+    const auto relative_to_both = [&](Vec max, Vec& sum, Vec& weighted) {
+      const Vec down = at_least(max - both, splat(kLowest)), factor = exp_from_lowest(down);
+      weighted = (weighted + down * sum) * factor;
+      sum = sum * factor;
+    };
+    Vec sum_before = load(to.sum + at), weighted_before = load(to.weighted + at);
+    relative_to_both(before, sum_before, weighted_before);
+    relative_to_both(highest, sum, weighted);
+    sum = sum_before + sum;
+    weighted = weighted_before + weighted;
+    highest = both;
   }
+  store(to.max + at, highest);
+  store(to.sum + at, sum);
+  store(to.weighted + at, weighted);
 }
+
+// A block of logits on its way into the statistics, a few rows at a time, beside the next block's
+// product.
+template <class Kind>
+class Folding {
+ public:
+  // z [n, kPanel] is read until finish().
+  void start(const float* z, int n, int vectors, const float* inv_temperature, bool first,
+             Running& to, const KeptBlock<Kind>& kept, int64_t steps) {
+    z_ = z;
+    n_ = n;
+    row_ = 0;
+    each_ = static_cast<int>((n + steps - 1) / steps);
+    vectors_ = vectors;
+    first_ = first;
+    to_ = &to;
+    kept_ = kept;
+    for (int j = 0; j < vectors; ++j) {
+      scale_[j] = load(inv_temperature + j * kLanes);
+      highest_[j] = highest_of(z + j * kLanes, n, scale_[j]);
+      sum_[j] = weighted_[j] = Vec{};
+      if (kept.max) {
+        store(kept.max + j * kLanes, highest_[j]);
+      }
+    }
+  }
+
+  void step() { add(std::min(each_, n_ - row_)); }
+
+  void finish() {
+    add(n_ - row_);
+    for (int j = 0; n_ > 0 && j < vectors_; ++j) {
+      join(highest_[j], sum_[j], weighted_[j], j * kLanes, first_, *to_);
+    }
+    n_ = row_ = 0;
+  }
+
+ private:
+  void add(int rows) {
+    if (rows == 0) {
+      return;
+    }
+    const float* z = z_ + row_ * kPanel;
+    for (int j = 0; j < vectors_; ++j) {
+      const int at = j * kLanes;
+      Vec sum = sum_[j], weighted = weighted_[j];
+      if (kept_.max) {
+        const KeptBlock<Kind> kept = kept_.from_row(row_);
+        sum_block<Kind, true>(z + at, rows, scale_[j], highest_[j], kept, at, sum, weighted);
+      } else {
+        sum_block<Kind, false>(z + at, rows, scale_[j], highest_[j], kept_, at, sum, weighted);
+      }
+      sum_[j] = sum;
+      weighted_[j] = weighted;
+    }
+    row_ += rows;
+  }
+
+  const float* z_ = nullptr;
+  int n_ = 0, row_ = 0, each_ = 0, vectors_ = 0;
+  bool first_ = false;
+  Running* to_ = nullptr;
+  KeptBlock<Kind> kept_ = {nullptr, 0};
+  Vec scale_[kVectors], highest_[kVectors], sum_[kVectors], weighted_[kVectors];
+};
 
 // One token's statistics: its maximum and, relative to it, the sums and the sum's logarithm.
 struct Merged {

@@ -94,7 +94,7 @@ class Sampler {
   }
 
   void walk(int64_t w, int64_t p0, int64_t p1) const {
-    Buffer<float> z(kBlock * kPanel), scratch(kBlock * a_.width);
+    Buffer<float> z(kBlock * kPanel), scratch(kBlock * round_up(a_.width, 32));
     const int64_t end = std::min((w + 1) * walk_, a_.vocab);
     for (int64_t v0 = w * walk_; v0 < end; v0 += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, end - v0));
@@ -102,8 +102,10 @@ class Sampler {
       for (int64_t p = p0; p < p1; ++p) {
         const float* inv_temperature = inv_temperature_.get() + p * kPanel;
         tokens_.logits(rows, v0, n, p, z.get());
-        fold(z.get(), n, tokens_.vectors(p), inv_temperature, v0 % chunk_ == 0,
-             running_[v0 / chunk_ * panels_ + p]);
+        Folding<Floats> folding;
+        folding.start(z.get(), n, tokens_.vectors(p), inv_temperature, v0 % chunk_ == 0,
+                      running_[v0 / chunk_ * panels_ + p], {nullptr, 0}, 1);
+        folding.finish();
         if (truncated_) {
           keep(v0, n, p, z.get());
           continue;

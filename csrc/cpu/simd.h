@@ -75,7 +75,15 @@ inline Vec at_least(Vec x, Vec limit) {
 #endif
 }
 
-inline Vec at_most(Vec x, Vec limit) { return select(limit < x, limit, x); }
+inline Vec at_most(Vec x, Vec limit) {
+#if defined(__AVX512F__) && FASTRL_MAX_LANES >= 16
+  return (Vec)_mm512_mask_min_ps((__m512)x, 0xffff, (__m512)limit, (__m512)x);
+#elif defined(__AVX2__) && FASTRL_MAX_LANES >= 8
+  return (Vec)_mm256_min_ps((__m256)limit, (__m256)x);
+#else
+  return select(limit < x, limit, x);
+#endif
+}
 
 // a b + c
 inline Vec fma(Vec a, Vec b, Vec c) {

@@ -132,8 +132,8 @@ class StreamedBlock {
   }
 
  private:
-  static constexpr int kTile = std::min(2 * kRows, kVectors* kRows / V);  // as registers allow
-  static constexpr int kNear = Kind::kSteps * Kind::kBytes;               // bytes of a row in near_
+  static constexpr int kTile = std::min(kMostRows, kSums / V);  // as registers allow
+  static constexpr int kNear = Kind::kSteps * Kind::kBytes;     // bytes of a row in near_
 
   // Tiles of R rows as long as there are so many, then smaller ones.
   template <int R>
@@ -172,8 +172,8 @@ class StreamedBlock {
 template <class Kind>
 void stream(const EvenRows& a, Float type, int rows, int64_t steps,
             const PanelView<typename Kind::Element>& panel, float* c) {
-  bool whole = std::is_same_v<Kind, Floats> && type == Float::f32 && panel.vectors == kVectors &&
-               rows % (2 * kRows) == 0;  // enough to multiply, and more panels may follow
+  bool whole = std::is_same_v<Kind, Floats> && type == Float::f32 && panel.vectors > 2 &&
+               rows % kMostRows == 0;  // enough to multiply, and more panels may follow
 #ifdef FASTRL_TILES
   whole = whole || std::is_same_v<Kind, Pairs>;  // tiles sum otherwise
 #endif

@@ -32,6 +32,12 @@ inline void tile_load(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
 
+// Not to be kept in L1: what is read again stays there.
+template <int T>
+inline void tile_load_once(const void* from, int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
+
 template <int T>
 inline void tile_store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
@@ -47,7 +53,11 @@ inline void tile_multiply_int8() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-inline void tile_configure(const void* config) { _tile_loadconfig(config); }
+// Not GCC's intrinsic, which says that it reads 8 bytes.
+template <class Shapes>
+inline void tile_configure(const Shapes& shapes) {
+  asm volatile("ldtilecfg %0" ::"m"(shapes));
+}
 
 inline void tile_release() { _tile_release(); }
 
@@ -61,17 +71,17 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
+// As the CPU reads it: of each tile the bytes of a row, and the rows.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
 // Every tile of the thread is 16 x 64 bytes while this lives.
 class Tiles {
  public:
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    tile_configure(&config);
-  }
+  Tiles() { tile_configure(TileShapes()); }
   ~Tiles() { tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;

@@ -20,15 +20,22 @@ inline void add(const float* from, int64_t n, float* to) {
   }
 }
 
+// Rows of 16-bit numbers: sixteen lie `stride` apart, the next sixteen `sixteen` behind them.
+struct Halves {
+  uint16_t* data;
+  int64_t stride, sixteen;
+  uint16_t* row(int64_t r) const { return data + r / 16 * sixteen + r % 16 * stride; }
+};
+
 // n rows of G, rounded to bf16; 0 in the lanes of a vector that are no token's.
 template <class Kind>
-void round_rows(float* z, int n, int64_t tokens, uint16_t* to, int64_t stride) {
+void round_rows(float* z, int n, int64_t tokens, const Halves& to) {
   for (int64_t at = 0; at < tokens; at += kLanes) {
     for (int r = 0; tokens - at < kLanes && r < n; ++r) {
       std::fill(z + r * kPanel + tokens, z + r * kPanel + at + kLanes, 0.0f);
     }
     for (int r = 0; r < n; ++r) {
-      Kind::keep(load(z + r * kPanel + at), to + r * stride + at);
+      Kind::keep(load(z + r * kPanel + at), to.row(r) + at);
     }
   }
 }
@@ -45,6 +52,7 @@ class WeightSums {
         padded_(padded),
         chunk_(chunk),
         columns_(round_up(a.width, kPanel)),
+        g_{chunk / Kind::kStep},
         by_token_(chunks * chunk / Kind::kStep * padded),
         weight_(chunks * chunk / Kind::kStep * columns_) {}
 
@@ -54,12 +62,12 @@ class WeightSums {
   }
 
   // A block of G: n rows from row `in_chunk` of chunk c, of the panel p with `tokens` tokens; as it
-  // is, or rounded to bf16, rows kPanel or `stride` apart. Read across, its rows would be a cache
+  // is, rows kPanel apart, or rounded to bf16. Read across, its rows would be a cache
   // line, and a page, for each number, so it is turned.
   void keep(int64_t c, int64_t in_chunk, int n, int64_t p, int64_t tokens, const float* z) const {
     static_assert(kBlock % kLanes == 0, "what a tile has beyond the rows is the block's own");
     for (int64_t at = 0; at < tokens; at += kLanes) {
-      float* to = of_token(c, p * kPanel + at) + in_chunk;
+      float* to = of_chunk(c) + g_.at(p * kPanel + at, in_chunk);
       for (int r0 = 0; r0 < n; r0 += kLanes) {
         Vec tile[kLanes] = {};
         for (int i = 0; i < std::min(kLanes, n - r0); ++i) {
@@ -73,20 +81,20 @@ class WeightSums {
     }
   }
 
-  void keep(int64_t c, int64_t in_chunk, int n, int64_t p, int64_t tokens, const uint16_t* halves,
-            int64_t stride) const {
+  void keep(int64_t c, int64_t in_chunk, int n, int64_t p, int64_t tokens,
+            const Halves& halves) const {
     const uint16_t nothing[kLanes] = {};
     for (int64_t at = 0; at < tokens; at += kLanes) {
       for (int r0 = 0; r0 < n; r0 += 2 * kLanes) {
         const int rows = std::min(n - r0, 2 * kLanes);
         Vec pairs[kLanes] = {};  // of neighbouring rows, a token per lane
         for (int r = 0; r < rows; r += 2) {
-          const uint16_t* even = halves + (r0 + r) * stride + at;
-          pairs[r / 2] = Kind::pairs(even, r + 1 < rows ? even + stride : nothing);
+          const uint16_t* even = halves.row(r0 + r) + at;
+          pairs[r / 2] = Kind::pairs(even, r + 1 < rows ? even + halves.stride : nothing);
         }
         transpose(pairs);
-        Element* to = of_token(c, p * kPanel + at) + (in_chunk + r0) / 2;
-        for (int i = 0; i < kLanes; ++i, to += chunk_ / 2) {
+        for (int i = 0; i < kLanes; ++i) {
+          Element* to = of_chunk(c) + g_.at(p * kPanel + at + i, (in_chunk + r0) / 2);
           if (kBlock - r0 >= 2 * kLanes) {
             store(reinterpret_cast<float*>(to), pairs[i]);
           } else {  // the next block's are behind
@@ -111,7 +119,10 @@ class WeightSums {
   void add_products(int64_t rows, int64_t count, int threads, Sums sums) const {
     // A few panels of the weight stay in L2 while G passes by; or one, and all of a small G.
     const int64_t blocks = ceil_div(count, kBlock), chunks = ceil_div(rows, chunk_);
-    const int64_t width = (blocks > 8 ? 4 : 1) * 64, groups = ceil_div(a_.width, width);
+    const int64_t of_panel = kPanel * chunk_ / Kind::kStep * sizeof(Element);
+    const int64_t most = Made<Kind>::kTiles ? (3 << 18) / of_panel * kPanel : 4 * 64;
+    const int64_t wide = round_up(ceil_div(a_.width, ceil_div(a_.width, most)), kPanel);
+    const int64_t width = blocks > 8 ? wide : 64, groups = ceil_div(a_.width, width);
     const int64_t ranges = std::min(blocks, ceil_div(4 * threads * chunks, groups));
     parallel_for(groups * ranges, threads, [&](int64_t task) {
       const int64_t h0 = task / ranges * width, range = task % ranges;
@@ -125,9 +136,7 @@ class WeightSums {
   }
 
  private:
-  Element* of_token(int64_t c, int64_t t) const {
-    return by_token_.get() + (c * padded_ + t) * chunk_ / Kind::kStep;
-  }
+  Element* of_chunk(int64_t c) const { return by_token_.get() + c * padded_ * g_.steps; }
 
   Element* weight(int64_t c) const { return weight_.get() + c * chunk_ / Kind::kStep * columns_; }
 
@@ -137,12 +146,7 @@ class WeightSums {
                  int64_t h1, Sums sums) const {
     const int64_t t0 = b * kBlock;
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - t0));
-    Rows rows;
-    rows.data = reinterpret_cast<const char*>(of_token(chunk, 0));
-    rows.stride = sizeof(Element);
-    for (int r = 0; r < kBlock; ++r) {
-      rows.row[r] = (t0 + std::min(r, n - 1)) * chunk_ * (4 / Kind::kStep);
-    }
+    const Rows rows = g_.rows(of_chunk(chunk), t0, n);
     Buffer<float> c(kBlock * kPanel);
     for (int64_t h = h0; h < h1; h += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, h1 - h);
@@ -156,7 +160,8 @@ class WeightSums {
 
   const LinearArgs& a_;
   const int64_t padded_, chunk_, columns_;
-  Buffer<Element> by_token_;  // G [chunks, tokens, chunk]
+  const Made<Kind> g_;
+  Buffer<Element> by_token_;  // G [chunks], each [tokens, chunk]
   Buffer<Element> weight_;    // [chunks], each in panels of `chunk` rows
 };
 

@@ -42,6 +42,11 @@ inline void tile_load(const void* from, int64_t stride) {
 }
 
 template <int T>
+inline void tile_load_once(const void* from, int64_t stride) {
+  tile_load<T>(from, stride);
+}
+
+template <int T>
 inline void tile_store(void* to, int64_t stride) {
   for (int r = 0; r < 16; ++r) {
     std::memcpy(static_cast<char*>(to) + r * stride, tile<T>()[r], 64);
@@ -97,8 +102,9 @@ inline void tile_multiply_int8() {
   }
 }
 
-inline void tile_configure(const void* config) {
-  const auto* bytes = static_cast<const uint8_t*>(config);
+template <class Shapes>
+inline void tile_configure(const Shapes& shapes) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(&shapes);
   for (int t = 0; t < 8; ++t) {
     if (bytes[0] != 1 || bytes[16 + 2 * t] != 64 || bytes[48 + t] != 16) {
       std::abort();
