@@ -154,6 +154,24 @@ struct Nothing {
   void step() {}
 };
 
+// Or asking for memory that lies behind what the product reads, a part of `bytes` in each of
+// `steps`.
+class Fetching {
+ public:
+  Fetching(const char* from, int64_t bytes, int64_t steps)
+      : at_(from), end_(from + bytes), each_((bytes / 64 + steps - 1) / steps * 64) {}
+
+  void step() {
+    for (const char* const end = std::min(at_ + each_, end_); at_ < end; at_ += 64) {
+      __builtin_prefetch(at_, 0, 2);
+    }
+  }
+
+ private:
+  const char *at_, *end_;
+  const int64_t each_;
+};
+
 // Bytes of the next slice of a panel that a step of depth asks for: all of them in a block of rows.
 constexpr int64_t kPace = kPanel * 4 * kRows / 48;
 

@@ -143,7 +143,9 @@ class Tokens : public TokenRange {
     const int vectors = this->vectors(p);
     const Element* panel = packed_.get() + p * kPanel * steps_;
     const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
-    if constexpr (Made<Kind>::kTiles) {
+    if (Made<Kind>::kTiles && panels() == 1) {  // reading the weight is what takes time
+      multiply_streamed<Kind>(even, type(), n, steps_, {panel, kPanel, vectors}, z);
+    } else if constexpr (Made<Kind>::kTiles) {
       multiply_beside(rows, n, steps_, panel, vectors, z, aside);
     } else if constexpr (Kind::kStep == 1) {
       if (vectors == 1) {  // few tokens: reading the weight is what takes time

@@ -169,13 +169,34 @@ class StreamedBlock {
   alignas(64) char near_[kTile * kNear];  // rows, widened
 };
 
+#ifdef FASTRL_TILES
+// Some rows, while the next ones are on their way.
+void stream_tiles(const EvenRows& a, int rows, int64_t steps, const PanelView<uint32_t>& panel,
+                  float* c) {
+  constexpr int kTogether = 32;
+  for (int r0 = 0; r0 < rows; r0 += kTogether) {
+    const int n = std::min(kTogether, rows - r0);
+    Rows some;
+    some.data = a.data + r0 * a.stride;
+    some.stride = Pairs::kBytes;
+    for (int r = 0; r < kBlock; ++r) {
+      some.row[r] = std::min(r, n - 1) * a.stride;
+    }
+    Fetching next(some.data + n * a.stride, kTogether * a.stride, tile_steps(n, steps));
+    multiply_beside(some, n, steps, panel.data, panel.vectors, c + r0 * kPanel, next);
+  }
+}
+#endif
+
 template <class Kind>
 void stream(const EvenRows& a, Float type, int rows, int64_t steps,
             const PanelView<typename Kind::Element>& panel, float* c) {
   bool whole = std::is_same_v<Kind, Floats> && type == Float::f32 && panel.vectors > 2 &&
                rows % kMostRows == 0;  // enough to multiply, and more panels may follow
 #ifdef FASTRL_TILES
-  whole = whole || std::is_same_v<Kind, Pairs>;  // tiles sum otherwise
+  if constexpr (std::is_same_v<Kind, Pairs>) {  // tiles sum otherwise
+    return stream_tiles(a, rows, steps, panel, c);
+  }
 #endif
   if (whole) {
     Rows all;
