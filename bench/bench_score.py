@@ -3,8 +3,8 @@
 A sequence classifier of Qwen2.5-0.5B's shape with random weights scores G completions of about C
 tokens behind each of some prompts of P. Hugging Face runs them right-padded in one batch, in bf16
 and in float32. Ours adds one part at a time: unpadded (prompts repeated, all tokens in the last
-layer), shared prompt, last layer (the pooled tokens alone), int8. The floor counts the products of
-the tokens that are left, with the prompt once.
+layer), shared prompt, last layer (the pooled tokens alone), int8, and bf16 between its layers. The
+floor counts the products of the tokens that are left, with the prompt once.
 """
 
 from functools import partial
@@ -77,8 +77,10 @@ class Models:
                 half.load_state_dict(self.float32.state_dict())
                 self.made[scheme] = half.to(torch.bfloat16)
             else:
-                checkpoint = Checkpoint.of(self.float32)
-                self.made[scheme] = QuantizedRewardModel.from_pretrained(checkpoint, scheme)
+                checkpoint, (weights, *between) = Checkpoint.of(self.float32), scheme.split(", ")
+                self.made[scheme] = QuantizedRewardModel.from_pretrained(
+                    checkpoint, weights, activations="bf16" if between else None
+                )
         return self.made[scheme]
 
 
@@ -126,6 +128,7 @@ class Score(Race):
             raise ValueError("score races on a CPU")
         return {
             "fastrl int8": Variant(partial(part, scheme="int8")),
+            "fastrl int8, bf16 between": Variant(partial(part, scheme="int8, bf16 between")),
             "fastrl float32": Variant(part),
             "fastrl, all of the last layer": Variant(partial(part, last_layer="all"), slow=True),
             "fastrl, prompts apart": Variant(

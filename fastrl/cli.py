@@ -135,6 +135,10 @@ def score(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     batch_tokens: Annotated[int, typer.Option(help="Tokens computed at a time.")] = 4096,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="Between layers: float32, or bf16, faster on a CPU with AMX."),
+    ] = None,
 ) -> None:
     """Score pairs of prompt and completion with a quantized reward model."""
     console = Console(stderr=True)
@@ -144,7 +148,9 @@ def score(
     try:
         from fastrl.reward.stream import load_scorer, score_file
 
-        scorer = load_scorer(model, scheme, keep_bf16 or (), smooth, device, batch_tokens)
+        scorer = load_scorer(
+            model, scheme, keep_bf16 or (), smooth, device, batch_tokens, activations
+        )
         made = score_file(scorer, pairs, out, ensemble=ensemble, console=console)
     except (ValueError, OSError) as error:
         _fail(str(error))

@@ -73,6 +73,20 @@ def test_bits_do_not_depend_on_the_batch(family, scheme):
         assert torch.equal(model.score(PROMPTS, COMPLETIONS), want)
 
 
+@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+@needs_cpu
+def test_activations_in_bf16(family):
+    model, wide = (load(tiny(family), "int8", activations=x) for x in ("bf16", "float32"))
+    scores, want = (m.score(PROMPTS, COMPLETIONS) for m in (model, wide))
+    assert torch.equal(want, load(tiny(family), "int8").score(PROMPTS, COMPLETIONS))
+    assert scores.dtype == torch.float32 and not torch.equal(scores, want)
+    assert (scores - want).norm() < 0.1 * want.norm()
+    assert torch.equal(model.score(PROMPTS, COMPLETIONS, share_prompts=False), scores)
+    alone = [model.score([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert torch.equal(torch.stack(alone), scores)
+    assert model.fingerprint() != wide.fingerprint()
+
+
 @pytest.mark.parametrize("scheme", ["int8", "nf4", "float32"])
 @pytest.mark.parametrize("heads", [1, 3])
 @needs_cpu
@@ -317,6 +331,7 @@ def test_bad_tensors_are_named(tensors, message):
         ({"smooth": []}, "smooth must be a sequence of at least one"),
         ({"smooth": ["1"]}, r"smooth\[0\]: it is text, but the reward model has no tokenizer"),
         ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1"),
+        ({"activations": "fp16"}, "activations='fp16' is unknown; use one of bf16, float32"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -65,6 +65,12 @@ class Plan:
         return self.scheme
 
 
+def check_activations(name: str | None) -> None:
+    """Raise `ValueError` for a dtype that activations cannot have; None is the default."""
+    if name is not None and name not in FLOATS:
+        raise ValueError(f"activations={name!r} is unknown; use one of {', '.join(FLOATS)}")
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a run of whole parts of `name` is `pattern`: "layers.0", "mlp.*", "down_proj"."""
     return any(fnmatchcase(name, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*")) or (

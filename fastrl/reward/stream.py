@@ -35,6 +35,7 @@ def load_scorer(
     smooth: Path | None,
     device: str,
     batch_tokens: int,
+    activations: str | None = None,
 ) -> QuantizedRewardModel:
     """The model that `fastrl score` names; `smooth` is a file like the one to score.
 
@@ -47,7 +48,7 @@ def load_scorer(
                 "scheme 'bitsandbytes' takes a checkpoint as it is; it has no keep_bf16 and smooth"
             )
         return QuantizedRewardModel.from_bitsandbytes(
-            path, device=device, batch_tokens=batch_tokens
+            path, device=device, batch_tokens=batch_tokens, activations=activations
         )
     checkpoint = Checkpoint.open(path)
     tokenizer = checkpoint.tokenizer()
@@ -60,6 +61,7 @@ def load_scorer(
         tokenizer=tokenizer,
         device=device,
         batch_tokens=batch_tokens,
+        activations=activations,
     )
 
 
