@@ -25,6 +25,7 @@ from fastrl.train.data import load_examples
 SCHEMES = {
     "bf16": {},
     "int8": {},
+    "int8, bf16 between": {"scheme": "int8", "activations": "bf16"},
     "fp8": {},
     "nf4": {},
     "nf4, products in bf16": {"scheme": "nf4", "compute": "bf16"},
