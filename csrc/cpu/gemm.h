@@ -6,8 +6,8 @@
 // A is read where it lies, one scalar (or one pair of bf16) broadcast at a time, so weights need no
 // copy. B is packed into panels of kPanel columns, a column per lane, so that what follows a
 // product (a maximum over the rows, say) runs down the rows without crossing lanes. The depth is
-// summed in blocks of Kind::kSteps, each from zero and in order: an element of C has the same bits
-// whatever block, panel or batch it is computed in.
+// summed in blocks of Kind::kSteps in order, each from zero, or with AMX on from the last: an
+// element of C has the same bits whatever block, panel or batch it is computed in.
 //
 // Two kinds: floats; or bf16 pairs, two neighbours in depth side by side in 32 bits, whose products
 // the CPU sums in float (AVX-512 BF16; AMX, where a pair of neighbouring rows of a panel is a row
@@ -28,8 +28,7 @@ namespace {
 // of AMX's tiles wide is read from end to end, and a slice of it finds room in every set of L1.
 #ifdef FASTRL_TILES
 constexpr int kVectors = 2;
-constexpr int kBlock =
-    96;  // rows of A taken together; a multiple of kMostRows and of a tile's rows
+constexpr int kBlock = 96;  // rows of A taken together, a multiple of kMostRows and of 32
 #else
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
 constexpr int kBlock = 48;

@@ -288,7 +288,7 @@ class Backward {
     }
   }
 
-  // One of them, with one panel; rows() has the weight's, if they are needed.
+  // One of them, with one panel; get_rows() has the weight's, if they are needed.
   template <class GetRows>
   void differentiate_block(int64_t v0, int n, int64_t p, float* z, GetRows get_rows) const {
     const Upstream& u = upstream_[p];
