@@ -144,22 +144,27 @@ struct Made {
 };
 
 // Steps of depth of R x V tiles, in a product that has something to do beside it.
-inline int64_t tile_steps(int rows, int64_t steps) {
+inline int64_t tile_steps(int64_t rows, int64_t steps) {
   return (rows + 31) / 32 * ((steps + 15) / 16);
 }
 
-// What there is to do beside a product, a step at a time: nothing.
+// What there is to do beside a product, a step at a time: nothing. A run of steps is taken by a
+// copy, which the loop around it can keep in registers.
 struct Nothing {
+  Nothing begin(int64_t) { return {}; }
+  void end(Nothing) {}
   void step() {}
 };
 
-// Or asking for memory that lies behind what the product reads, a part of `bytes` in each of
-// `steps`.
+// Or asking for memory, to be in L2, that lies behind what the product reads: a part of `bytes` in
+// each of `steps`.
 class Fetching {
  public:
   Fetching(const char* from, int64_t bytes, int64_t steps)
       : at_(from), end_(from + bytes), each_((bytes / 64 + steps - 1) / steps * 64) {}
 
+  Fetching begin(int64_t) { return *this; }
+  void end(const Fetching& run) { *this = run; }
   void step() {
     for (const char* const end = std::min(at_ + each_, end_); at_ < end; at_ += 64) {
       __builtin_prefetch(at_, 0, 2);
@@ -168,7 +173,7 @@ class Fetching {
 
  private:
   const char *at_, *end_;
-  const int64_t each_;
+  int64_t each_;
 };
 
 // Bytes of the next slice of a panel that a step of depth asks for: all of them in a block of rows.
@@ -347,8 +352,8 @@ inline void multiply_step(LoadRows load_rows, LoadColumns load_columns) {
 // R x V tiles of C from `steps` Elements of depth.
 template <int R, int V, class Aside>
 void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint32_t* panel,
-                    float* c, bool first, Aside& aside) {
-  start_sums<R, V>(c + r0 * kPanel, first);
+                    float* c, bool first, Fetching& ahead, Aside& aside) {
+  start_sums<R, V>(c, first);
   const uint32_t* b = panel + k0 * kPanel;
   const bool even = is_tile(a, r0) && (R == 1 || is_tile(a, r0 + 16));
   const int64_t whole = even ? steps / 16 : 0;
@@ -359,35 +364,47 @@ void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint
     rows[i] = a.data + row[0] + k0 / 16 * a.sixteen;
     stride[i] = row[1] - row[0];
   }
-  for (int64_t k = 0; k < whole; ++k, b += 16 * kPanel) {
-    aside.step();
-    multiply_step<R, V>(
-        [&](auto t, int i) { tile_load_once<t.value>(rows[i] + a.sixteen * k, stride[i]); },
-        [&](auto t, int j) { tile_load<t.value>(b + 16 * j, kPanel * 4); });
+  const int64_t sixteen = a.sixteen;
+  int64_t at = 0;
+  auto fetching = ahead.begin(whole);
+  auto beside = aside.begin(whole);
+  for (int64_t k = 0; k < whole; ++k, b += 16 * kPanel, at += sixteen) {
+    fetching.step();
+    beside.step();
+    multiply_step<R, V>([&](auto t, int i) { tile_load_once<t.value>(rows[i] + at, stride[i]); },
+                        [&](auto t, int j) { tile_load<t.value>(b + 16 * j, kPanel * 4); });
   }
+  ahead.end(fetching);
+  aside.end(beside);
   for (int64_t k = 16 * whole; k < steps; k += 16, b += 16 * kPanel) {
     const int64_t count = std::min<int64_t>(16, steps - k);
     multiply_step<R, V>([&](auto t, int i) { gather_rows<t.value>(a, r0 + 16 * i, k0 + k, count); },
                         [&](auto t, int j) { gather_columns<t.value>(b + 16 * j, count); });
   }
-  store_sums<R, V>(c + r0 * kPanel);
+  store_sums<R, V>(c);
 }
 
-// As above: a slice of the panel stays in L1 while A streams by. Sums go on from slice to slice.
-// aside.step() is called at every step of depth: what vectors do there takes no time of its own, as
-// long as it is less than the tiles do.
+// C[rows x kPanel] of blocks of A one behind the other, all but the last of kBlock rows, or `onto`
+// what C has. A slice of the panel stays in L1 while A streams by, and the next one is asked for.
+// Sums go on from slice to slice. aside.step() is called at every step of depth: what vectors do
+// there takes no time of its own, as long as it is less than the tiles do.
 template <class Aside>
-void multiply_beside(const Rows& a, int rows, int64_t steps, const uint32_t* panel, int vectors,
-                     float* c, Aside& aside) {
+void multiply_beside(const Rows* blocks, int64_t rows, int64_t steps, const uint32_t* panel,
+                     int vectors, float* c, Aside& aside, bool onto = false) {
   const Tiles tiles;
-  for (int64_t k = 0; k < steps; k += Pairs::kSteps) {
-    const int64_t count = std::min(Pairs::kSteps, steps - k);
-    for (int r = 0; r < rows; r += 32) {
+  const int64_t slices = (steps + Pairs::kSteps - 1) / Pairs::kSteps;
+  const int64_t each = ((steps + slices - 1) / slices + 15) / 16 * 16;
+  for (int64_t k = 0; k < steps; k += each) {
+    const int64_t count = std::min(each, steps - k);
+    Fetching ahead(reinterpret_cast<const char*>(panel + (k + count) * kPanel),
+                   rows > 32 ? count * kPanel * 4 : 0, tile_steps(rows, count));
+    for (int64_t r = 0; r < rows; r += 32) {
       const bool two = r + 16 < rows;
       const auto run = vectors == 1
                            ? (two ? multiply_tiles<2, 1, Aside> : multiply_tiles<1, 1, Aside>)
                            : (two ? multiply_tiles<2, 2, Aside> : multiply_tiles<1, 2, Aside>);
-      run(a, r, k, count, panel, c, k == 0, aside);
+      run(blocks[r / kBlock], r % kBlock, k, count, panel, c + r * kPanel, k == 0 && !onto, ahead,
+          aside);
     }
   }
 }
@@ -396,10 +413,24 @@ template <>
 inline void multiply<Pairs>(const Rows& a, int rows, int64_t steps, const uint32_t* panel,
                             int vectors, float* c) {
   Nothing nothing;
-  multiply_beside(a, rows, steps, panel, vectors, c, nothing);
+  multiply_beside(&a, rows, steps, panel, vectors, c, nothing);
 }
 
 #endif
+
+// C[rows x kPanel] of blocks of A one behind the other, all but the last of kBlock rows.
+template <class Kind>
+void multiply_blocks(const Rows* blocks, int64_t rows, int64_t steps,
+                     const typename Kind::Element* panel, int vectors, float* c) {
+  if constexpr (Made<Kind>::kTiles) {
+    Nothing nothing;
+    return multiply_beside(blocks, rows, steps, panel, vectors, c, nothing);
+  }
+  for (int64_t r = 0; r < rows; r += kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
+    multiply<Kind>(blocks[r / kBlock], n, steps, panel, vectors, c + r * kPanel);
+  }
+}
 
 }  // namespace
 }  // namespace FASTRL_ISA

@@ -56,11 +56,11 @@ class TokenRange {
 };
 
 // Logits of a block, z[kBlock, kPanel], before the temperature, from what the products left there.
-inline void to_logits(const LinearArgs& a, int64_t v0, int n, int vectors, float* z) {
+inline void to_logits(const LinearArgs& a, int64_t v0, int64_t n, int vectors, float* z) {
   if (!a.bias && a.logit_scale == 1.0f && a.softcap <= 0.0f) {
     return;
   }
-  for (int r = 0; r < n; ++r) {
+  for (int64_t r = 0; r < n; ++r) {
     const float bias = a.bias ? a.bias[v0 + r] : 0.0f;
     for (int j = 0; j < vectors; ++j) {
       float* at = z + r * kPanel + j * kLanes;
@@ -101,7 +101,7 @@ class Tokens : public TokenRange {
   Float type() const { return Kind::kStep == 1 && panels() > 1 ? Float::f32 : a_.weight_type; }
 
   // Of depth, at which logits take a step beside; at least one.
-  int64_t steps(int rows) const { return tile_steps(rows, steps_); }
+  int64_t steps(int64_t rows) const { return tile_steps(rows, steps_); }
 
   // Of a block of the weight's rows.
   int64_t scratch() const { return kBlock * round_up(a_.width, 32); }
@@ -136,39 +136,48 @@ class Tokens : public TokenRange {
     return rows;
   }
 
-  // Logits before the temperature, z[kBlock, kPanel]. Steps of `aside` are taken on the way, if
-  // the product leaves time for them.
+  // Logits before the temperature, z[n, kPanel], of blocks of rows one behind the other. Steps of
+  // `aside` are taken on the way, if the product leaves time for them.
   template <class Aside>
-  void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z, Aside& aside) const {
+  void logits(const Rows* blocks, int64_t v0, int64_t n, int64_t p, float* z, Aside& aside) const {
     const int vectors = this->vectors(p);
-    const Element* panel = packed_.get() + p * kPanel * steps_;
-    const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
-    if (Made<Kind>::kTiles && panels() == 1) {  // reading the weight is what takes time
-      multiply_streamed<Kind>(even, type(), n, steps_, {panel, kPanel, vectors}, z);
-    } else if constexpr (Made<Kind>::kTiles) {
-      multiply_beside(rows, n, steps_, panel, vectors, z, aside);
-    } else if constexpr (Kind::kStep == 1) {
-      if (vectors == 1) {  // few tokens: reading the weight is what takes time
-        multiply_few(even, type(), n, steps_, {panel, columns(p), 1, in_panel(p)}, z);
-      } else if (panels() == 1) {
-        multiply_streamed<Kind>(even, type(), n, steps_, {panel, columns(p), vectors}, z);
-      } else {
-        multiply<Kind>(rows, n, steps_, panel, vectors, z);
+    bool done = false;
+    if constexpr (Made<Kind>::kTiles) {
+      if (panels() > 1) {
+        multiply_beside(blocks, n, steps_, panel(p), vectors, z, aside);
+        done = true;
       }
-    } else if (vectors == 1) {
-      multiply_streamed<Kind>(even, type(), n, steps_, {panel, kPanel, vectors}, z);
-    } else {
-      multiply<Kind>(rows, n, steps_, panel, vectors, z);
+    }
+    for (int64_t r = 0; !done && r < n; r += kBlock) {
+      const int of_block = static_cast<int>(std::min<int64_t>(kBlock, n - r));
+      multiply_block(blocks[r / kBlock], of_block, p, z + r * kPanel);
     }
     to_logits(a_, v0, n, vectors, z);
   }
 
-  void logits(const Rows& rows, int64_t v0, int n, int64_t p, float* z) const {
+  void logits(const Rows* blocks, int64_t v0, int64_t n, int64_t p, float* z) const {
     Nothing nothing;
-    logits(rows, v0, n, p, z, nothing);
+    logits(blocks, v0, n, p, z, nothing);
   }
 
  private:
+  const Element* panel(int64_t p) const { return packed_.get() + p * kPanel * steps_; }
+
+  void multiply_block(const Rows& rows, int n, int64_t p, float* z) const {
+    const int vectors = this->vectors(p);
+    const EvenRows even{rows.data + rows.row[0], rows.row[1] - rows.row[0]};
+    const bool one = panels() == 1 && (Kind::kStep == 1 || Made<Kind>::kTiles);
+    if (Kind::kStep == 1 && vectors == 1) {  // few tokens: reading the weight is what takes time
+      if constexpr (Kind::kStep == 1) {
+        multiply_few(even, type(), n, steps_, {panel(p), columns(p), 1, in_panel(p)}, z);
+      }
+    } else if (one || vectors == 1) {
+      multiply_streamed<Kind>(even, type(), n, steps_, {panel(p), columns(p), vectors}, z);
+    } else {
+      multiply<Kind>(rows, n, steps_, panel(p), vectors, z);
+    }
+  }
+
   // 16-bit rows, `stride` bytes apart.
   Rows in_tiles(const char* from, int64_t stride, int n, Element* to) const {
     const Made<Kind> made{round_up(steps_, 16)};
@@ -184,7 +193,7 @@ class Tokens : public TokenRange {
   }
 
   void pack_panel(int64_t p) {
-    Element* panel = packed_.get() + p * kPanel * steps_;
+    Element* const panel = packed_.get() + p * kPanel * steps_;
     const int64_t columns = this->columns(p), padded = round_up(steps_, kLanes);
     Buffer<Element> rows(columns * padded);
     for (int64_t i = 0; i < columns; ++i) {

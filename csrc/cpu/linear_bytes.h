@@ -26,7 +26,7 @@ class Tokens<Int8> : public TokenRange {
   // They are read where they lie.
   Rows weight_rows(int64_t, int, float*) const { return {}; }
 
-  void logits(const Rows&, int64_t v0, int n, int64_t p, float* z) const {
+  void logits(const Rows*, int64_t v0, int n, int64_t p, float* z) const {
     const int vectors = this->vectors(p);
     multiply_int8(
         a_.weight, a_.weight_stride, a_.int8, v0, n, a_.width,

@@ -102,56 +102,56 @@ class Forward {
   // Panels [p0, p1) of it; take(at, n, p, z) has the n rows from row `at` of the chunk on.
   template <class Take>
   void fold_chunk(int64_t c, int64_t p0, int64_t p1, Take take) const {
-    const int64_t together = tokens_.blocks_together(), size = tokens_.scratch();
-    Buffer<float> z(2 * kBlock * kPanel), scratch(together * size);
+    const int64_t together = tokens_.blocks_together() * kBlock, size = tokens_.scratch();
+    Buffer<float> z(2 * together * kPanel), scratch(together / kBlock * size);
     const int64_t first = c * chunk_, rows_of_chunk = std::min(chunk_, a_.vocab - first);
     if (args_.workspace.in_gradient && tokens_.first() == 0 && p0 == 0) {
       make_rows(args_.workspace.kept, a_.vocab, a_.width * bytes(a_.weight_type), first,
                 rows_of_chunk);
     }
-    Rows rows[kMostBlocks];
+    Rows blocks[kMostBlocks];
     Folding<Kind> folding;
     struct {
-      int64_t at, p;
-      int n = 0;
+      int64_t at, p, n = 0;
       float* z;
     } before, now;
     now.z = z.get();
-    before.z = z.get() + kBlock * kPanel;
+    before.z = z.get() + together * kPanel;
+    const auto block = [&](int64_t at, int64_t n) {
+      return static_cast<int>(std::min<int64_t>(kBlock, n - at));
+    };
     const auto finish = [&] {
       folding.finish();
-      if (before.n > 0) {
-        take(before.at, before.n, before.p, before.z);
+      for (int64_t r = 0; r < before.n; r += kBlock) {
+        take(before.at + r, block(r, before.n), before.p, before.z + r * kPanel);
       }
       before.n = 0;
     };
-    for (int64_t b0 = 0; b0 < rows_of_chunk; b0 += together * kBlock) {
-      const int64_t end = std::min(b0 + together * kBlock, rows_of_chunk);
-      const auto in_block = [&](int64_t at) {
-        return static_cast<int>(std::min<int64_t>(kBlock, rows_of_chunk - at));
-      };
-      for (int64_t at = b0; at < end; at += kBlock) {
-        const int64_t b = (at - b0) / kBlock;
-        rows[b] = tokens_.weight_rows(first + at, in_block(at), scratch.get() + b * size);
+    for (now.at = 0; now.at < rows_of_chunk; now.at += together) {
+      const int64_t v0 = first + now.at;
+      now.n = std::min(together, rows_of_chunk - now.at);
+      for (int64_t r = 0; r < now.n; r += kBlock) {
+        const int64_t b = r / kBlock;
+        blocks[b] = tokens_.weight_rows(v0 + r, block(r, now.n), scratch.get() + b * size);
       }
       for (now.p = p0; now.p < p1; ++now.p) {
-        for (now.at = b0; now.at < end; now.at += kBlock) {
-          now.n = in_block(now.at);
-          const int64_t v0 = first + now.at;
-          tokens_.logits(rows[(now.at - b0) / kBlock], v0, now.n, now.p, now.z, folding);
+        tokens_.logits(blocks, v0, now.n, now.p, now.z, folding);
+        finish();
+        take_targets(v0, now.n, now.p, now.z);
+        folding.start(
+            now.z, now.n, tokens_.vectors(now.p), inv_temperature(now.p), now.at == 0,
+            running_[c * panels_ + now.p],
+            [&](int64_t r) {
+              return plan_.template kept_block<Kind>(args_.workspace.kept, v0 + r,
+                                                     tokens_.first() / kPanel + now.p);
+            },
+            tokens_.steps(now.n));
+        std::swap(before.z, now.z);
+        before.at = now.at;
+        before.n = now.n;
+        before.p = now.p;
+        if (!Made<Kind>::kTiles) {
           finish();
-          take_targets(v0, now.n, now.p, now.z);
-          folding.start(now.z, now.n, tokens_.vectors(now.p), inv_temperature(now.p), now.at == 0,
-                        running_[c * panels_ + now.p],
-                        plan_.template kept_block<Kind>(args_.workspace.kept, v0,
-                                                        tokens_.first() / kPanel + now.p),
-                        tokens_.steps(now.n));
-          std::swap(before, now);
-          now.p = before.p;
-          now.at = before.at;
-          if (!Made<Kind>::kTiles) {
-            finish();
-          }
         }
       }
     }
@@ -159,7 +159,7 @@ class Forward {
   }
 
   // The targets among n rows from v0 on.
-  void take_targets(int64_t v0, int n, int64_t p, const float* z) const {
+  void take_targets(int64_t v0, int64_t n, int64_t p, const float* z) const {
     for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
       const int64_t t = p * kPanel + i, v = a_.target[a_.row(tokens_.first() + t)] - v0;
       if (v >= 0 && v < n) {

@@ -55,7 +55,7 @@ class Backward {
         weight_sums_(a_, plan_.padded, plan_.chunk, args.grad_hidden && !few_ ? plan_.together : 0),
         grad_weight_(args.grad_weight && several_ ? rows_at_once_ * a_.width : 0),
         sums_(args.grad_hidden && a_.hidden_type != Float::f32
-                  ? (one_walk_ || few_ ? a_.rows : plan_.capacity) * a_.width
+                  ? round_up(one_walk_ || few_ ? a_.rows : plan_.capacity, kLanes) * plan_.columns
                   : 0) {}
 
   void run() {
@@ -126,10 +126,11 @@ class Backward {
             : multiply_both<false, true>;
     for (int64_t at = 0; at < rows; at += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - at));
-      differentiate(
-          first + at, n, args_.grad_bias, z.get(), scratch.get(), [&](int64_t, int, int64_t p) {
-            tile_gradients(z.get(), n, tokens_.in_panel(p), a_.rows, g.get() + p * kPanel * kTile);
-          });
+      differentiate(first + at, n, args_.grad_bias, z.get(), scratch.get(),
+                    [&](int64_t, int, int64_t p, float* z) {
+                      tile_gradients(z, n, tokens_.in_panel(p), a_.rows,
+                                     g.get() + p * kPanel * kTile);
+                    });
       make_rows(first + at, n);
       if (args_.grad_weight || args_.grad_hidden) {
         multiply(operands, g.get(), first + at, n, at, rows, {sums.get(), all});
@@ -158,7 +159,19 @@ class Backward {
     return sums_.get() + (one_walk_ ? token : t) * a_.width;
   }
 
+  // The same for tiles.
+  PanelSums panel_sums(int64_t t) const {
+    const int64_t token = one_walk_ ? tokens_.first() + t : t;
+    return {sums_.get() + token * kPanel, round_up(one_walk_ ? a_.rows : plan_.capacity, kLanes)};
+  }
+
   void start_sums(int64_t first, int64_t count) const {
+    if (Made<Kind>::kTiles) {
+      const PanelSums sums = panel_sums(first - tokens_.first());
+      return parallel_for(plan_.columns / kPanel, threads_, [&](int64_t p) {
+        std::fill_n(sums.at(p * kPanel, 0), count * kPanel, 0.0f);
+      });
+    }
     parallel_for(count, threads_, [&](int64_t t) {
       std::fill_n(sums(first - tokens_.first() + t), a_.width, 0.0f);
     });
@@ -168,10 +181,17 @@ class Backward {
     if (a_.hidden_type == Float::f32) {
       return;
     }
+    const int64_t size = bytes(a_.hidden_type);
     parallel_for(count, threads_, [&](int64_t t) {
-      const int64_t at = a_.row(first + t) * a_.width * bytes(a_.hidden_type);
-      from_floats(sums(first - tokens_.first() + t), a_.hidden_type, a_.width,
-                  static_cast<char*>(args_.grad_hidden) + at);
+      char* to = static_cast<char*>(args_.grad_hidden) + a_.row(first + t) * a_.width * size;
+      const int64_t taken = first - tokens_.first() + t;
+      if (!Made<Kind>::kTiles) {
+        return from_floats(sums(taken), a_.hidden_type, a_.width, to);
+      }
+      for (int64_t h = 0; h < a_.width; h += kPanel) {
+        from_floats(panel_sums(taken).at(h, 0), a_.hidden_type,
+                    std::min<int64_t>(kPanel, a_.width - h), to + h * size);
+      }
     });
   }
 
@@ -229,13 +249,12 @@ class Backward {
     parallel_for(ceil_div(blocks, each), threads_, [&](int64_t task) {
       const int64_t begin = task * each * kBlock, end = std::min(begin + each * kBlock, rows);
       const int64_t size = kBlock * plan_.g_stride / Kind::kStep;
-      Buffer<float> z(kBlock * kPanel), scratch(each * tokens_.scratch());
+      Buffer<float> z(each * kBlock * kPanel), scratch(each * tokens_.scratch());
       Buffer<Element> by_row(each * size);
       differentiate(first + begin, end - begin, weight && args_.grad_bias, z.get(), scratch.get(),
-                    [&](int64_t b, int n, int64_t p) {
+                    [&](int64_t b, int n, int64_t p, float* g) {
                       const int64_t at = begin + b * kBlock;
-                      keep(at / plan_.chunk, at % plan_.chunk, n, p, z.get(),
-                           by_row.get() + b * size);
+                      keep(at / plan_.chunk, at % plan_.chunk, n, p, g, by_row.get() + b * size);
                     });
       for (int64_t at = begin; hidden && pack_weight && at < end; at += kBlock) {
         const int64_t c = at / plan_.chunk, in_chunk = at % plan_.chunk;
@@ -246,8 +265,12 @@ class Backward {
       }
     });
     if (hidden) {
-      weight_sums_.add_products(rows, tokens_.count(), threads_,
-                                [&](int64_t t) { return sums(t); });
+      if constexpr (Made<Kind>::kTiles) {
+        weight_sums_.add_products(rows, tokens_.count(), threads_, panel_sums(0));
+      } else {
+        weight_sums_.add_products(rows, tokens_.count(), threads_,
+                                  [&](int64_t t) { return sums(t); });
+      }
     }
   }
 
@@ -256,30 +279,36 @@ class Backward {
   }
 
   // Blocks of vocabulary rows: the gradients of a block's logits, before scale and bias, are left
-  // in z and taken from there, a panel of tokens at a time: take(block, its rows, panel).
+  // in z and taken from there, a panel of tokens at a time: take(block, its rows, panel, its z).
   template <class Take>
   void differentiate(int64_t v0, int64_t count, bool bias, float* z, float* scratch,
                      Take take) const {
-    const int64_t blocks = ceil_div(count, kBlock);
     double sum[kBlocks * kBlock] = {};
-    Rows rows[kBlocks];
-    bool have_rows[kBlocks] = {};
+    Rows blocks[kBlocks];
+    bool have_rows = false;
     for (int64_t p = 0; p < tokens_.panels(); ++p) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int n = rows_in_block(b * kBlock, count);
-        differentiate_block(v0 + b * kBlock, n, p, z, [&]() -> const Rows& {
-          if (!have_rows[b]) {
-            rows[b] = tokens_.weight_rows(v0 + b * kBlock, n, scratch + b * tokens_.scratch());
-            have_rows[b] = true;
-          }
-          return rows[b];
-        });
-        for (int r = 0; bias && r < n; ++r) {
-          for (int64_t i = 0; i < tokens_.in_panel(p); ++i) {
-            sum[b * kBlock + r] += z[r * kPanel + i];
+      int64_t kept = 0;  // rows whose logits are not computed again
+      while (kept < count && is_kept(v0 + kept, p)) {
+        kept += kBlock;
+      }
+      if (kept < count) {
+        for (int64_t r = 0; !have_rows && r < count; r += kBlock) {
+          blocks[r / kBlock] = tokens_.weight_rows(v0 + r, rows_in_block(r, count),
+                                                   scratch + r / kBlock * tokens_.scratch());
+        }
+        have_rows = true;
+        tokens_.logits(blocks + kept / kBlock, v0 + kept, count - kept, p, z + kept * kPanel);
+      }
+      for (int64_t r = 0; r < count; r += kBlock) {
+        const int n = rows_in_block(r, count);
+        float* const g = z + r * kPanel;
+        differentiate_block(v0 + r, n, p, r < kept, g);
+        for (int i = 0; bias && i < n; ++i) {
+          for (int64_t t = 0; t < tokens_.in_panel(p); ++t) {
+            sum[r + i] += g[i * kPanel + t];
           }
         }
-        take(b, n, p);
+        take(r / kBlock, n, p, g);
       }
     }
     for (int64_t r = 0; bias && r < count; ++r) {
@@ -288,16 +317,22 @@ class Backward {
     }
   }
 
-  // One of them, with one panel; get_rows() has the weight's, if they are needed.
-  template <class GetRows>
-  void differentiate_block(int64_t v0, int n, int64_t p, float* z, GetRows get_rows) const {
+  KeptBlock<Kind> kept_block(int64_t v0, int64_t p) const {
+    return plan_.template kept_block<Kind>(args_.workspace.kept, v0, tokens_.first() / kPanel + p);
+  }
+
+  // Whether a block's exponentials are there, and enough.
+  bool is_kept(int64_t v0, int64_t p) const {
+    return !upstream_[p].spread && kept_block(v0, p).max != nullptr;
+  }
+
+  // One of them, with one panel: z has its logits, if they are not kept.
+  void differentiate_block(int64_t v0, int n, int64_t p, bool is_kept, float* z) const {
     const Upstream& u = upstream_[p];
     const int vectors = tokens_.vectors(p);
-    const auto kept =
-        plan_.template kept_block<Kind>(args_.workspace.kept, v0, tokens_.first() / kPanel + p);
+    const auto kept = kept_block(v0, p);
     float before[kPanel] = {};  // the targets' logits, for the cap
-    if (kept.max == nullptr || u.spread) {
-      tokens_.logits(get_rows(), v0, n, p, z);
+    if (!is_kept) {
       for (int64_t i = 0; a_.softcap > 0.0f && i < tokens_.in_panel(p); ++i) {
         const int64_t v = u.target[i] - v0;
         before[i] = v >= 0 && v < n ? z[v * kPanel + i] : 0.0f;
@@ -398,34 +433,30 @@ class Backward {
   // Blocks of rows from v0 on, row `at` of those at once.
   void add_grad_weight(int64_t v0, int64_t at, int64_t count, const Element* by_row,
                        float* c) const {
-    const int64_t blocks = ceil_div(count, kBlock), size = kBlock * plan_.g_stride / Kind::kStep;
-    Rows rows[kBlocks];
-    for (int64_t b = 0; b < blocks; ++b) {
-      rows[b] = by_row_.rows(by_row + b * size, 0, rows_in_block(b * kBlock, count));
+    const int64_t size = kBlock * plan_.g_stride / Kind::kStep;
+    Rows blocks[kBlocks];
+    for (int64_t r = 0; r < count; r += kBlock) {
+      blocks[r / kBlock] = by_row_.rows(by_row + r / kBlock * size, 0, rows_in_block(r, count));
     }
     const int64_t depth = depth_of_tokens();
     const bool last = tokens_.first() + tokens_.count() == a_.rows;
     make_rows(v0, last ? count : 0);
     for (int64_t h = 0; h < a_.width; h += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, a_.width - h);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int n = rows_in_block(b * kBlock, count);
-        multiply<Kind>(rows[b], n, depth / Kind::kStep, hidden_.get() + h * depth / Kind::kStep,
-                       kVectors, c);
-        for (int r = 0; r < n; ++r) {
-          const int64_t row = b * kBlock + r;
-          float* sum = c + r * kPanel;
-          if (several_) {
-            float* kept = grad_weight_.get() + (at + row) * a_.width + h;
-            for (int64_t i = 0; i < width; ++i) {
-              sum[i] += tokens_.first() ? kept[i] : 0.0f;
-            }
-            std::memcpy(kept, sum, width * sizeof(float));
+      multiply_blocks<Kind>(blocks, count, depth / Kind::kStep,
+                            hidden_.get() + h * depth / Kind::kStep, kVectors, c);
+      for (int64_t r = 0; r < count; ++r) {
+        float* sum = c + r * kPanel;
+        if (several_) {
+          float* kept = grad_weight_.get() + (at + r) * a_.width + h;
+          for (int64_t i = 0; i < width; ++i) {
+            sum[i] += tokens_.first() ? kept[i] : 0.0f;
           }
-          if (last) {
-            const int64_t to = ((v0 + row) * a_.width + h) * bytes(a_.weight_type);
-            from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + to);
-          }
+          std::memcpy(kept, sum, width * sizeof(float));
+        }
+        if (last) {
+          const int64_t to = ((v0 + r) * a_.width + h) * bytes(a_.weight_type);
+          from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + to);
         }
       }
     }

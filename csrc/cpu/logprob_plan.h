@@ -31,7 +31,7 @@ struct Plan {
   KeptBlock<Kind> kept_block(void* kept, int64_t v0, int64_t panel) const {
     const int64_t block = v0 / kBlock;
     if (block >= kept_blocks || panel >= kept_panels) {
-      return {nullptr, 0};
+      return {};
     }
     char* const at = static_cast<char*>(kept) + block * kept_stride;
     return {at + panel * KeptBlock<Kind>::size(kept_lanes), kept_lanes};
@@ -57,9 +57,9 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   int64_t scratch = of_chunk + 4 * plan.chunk * plan.g_stride / Kind::kStep;
   scratch = plan.few ? std::max(scratch, kFewSums) : scratch;
   scratch += 8 * plan.padded * plan.columns / Kind::kStep;
-  const int64_t all_sums = floats ? 0 : 4 * a.rows * a.width;
+  const int64_t all_sums = floats ? 0 : 4 * a.rows * plan.columns;
   plan.one_walk = scratch + all_sums <= workspace.limit || !several;
-  const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * a.width;
+  const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * plan.columns;
 
   const int64_t free = std::max<int64_t>(workspace.limit - scratch - sums, 0);
   plan.together = std::min({1 + free / 3 / of_chunk, kMostTogether, ceil_div(a.vocab, plan.chunk)});

@@ -34,18 +34,14 @@ template <class Kind>
 struct KeptBlock {
   using Kept = typename Kind::Kept;
 
+  KeptBlock() = default;  // none
   KeptBlock(void* block, int64_t lanes)
       : max(static_cast<float*>(block)), e(reinterpret_cast<Kept*>(max + lanes)), lanes(lanes) {}
-  KeptBlock from_row(int64_t r) const {
-    KeptBlock rest = *this;
-    rest.e += r * lanes;
-    return rest;
-  }
   static int64_t size(int64_t lanes) { return lanes * (sizeof(float) + kBlock * sizeof(Kept)); }
 
-  float* max;     // [lanes], or null
-  Kept* e;        // [kBlock, lanes]
-  int64_t lanes;  // of tokens
+  float* max = nullptr;  // [lanes], or null
+  Kept* e = nullptr;     // [kBlock, lanes]
+  int64_t lanes = 0;     // of tokens
 };
 
 // The highest of n logits, times the scale; not -inf, which would make -inf less it NaN.
@@ -97,69 +93,135 @@ inline void join(Vec highest, Vec sum, Vec weighted, int at, bool first, Running
   store(to.weighted + at, weighted);
 }
 
-// A block of logits on its way into the statistics, a few rows at a time, beside the next block's
+// The sums of a block of logits, of V vectors of tokens, on their way down its rows.
+template <class Kind, int V>
+struct BlockSums {
+  const float* z = nullptr;  // the next row
+  KeptBlock<Kind> kept;      // from it on, if anywhere
+  int64_t rows = 0;          // left
+  Vec scale[V], highest[V], sum[V], weighted[V];
+
+  __attribute__((always_inline)) void step() {
+    if (rows == 0) {
+      return;
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      const Vec x = below(z + j * kLanes, scale[j], highest[j]), e = exp_from_lowest(x);
+      sum[j] += e;
+      weighted[j] = fma(x, e, weighted[j]);
+      if (kept.e) {
+        Kind::keep(e, kept.e + j * kLanes);
+      }
+    }
+    skip(1);
+  }
+
+  void skip(int64_t n) {
+    z += n * kPanel;
+    kept.e += n * kept.lanes;
+    rows -= n;
+  }
+};
+
+// Blocks of logits on their way into the statistics, a row at a time, beside the next blocks'
 // product.
 template <class Kind>
 class Folding {
  public:
-  // z [n, kPanel] is read until finish().
-  void start(const float* z, int n, int vectors, const float* inv_temperature, bool first,
-             Running& to, const KeptBlock<Kind>& kept, int64_t steps) {
+  // z [n, kPanel] is read until finish(); where the exponentials of the block from row r on are
+  // kept is kept(r). A product beside has so many steps.
+  template <class Kept>
+  void start(const float* z, int64_t n, int vectors, const float* inv_temperature, bool first,
+             Running& to, Kept kept, int64_t steps) {
     z_ = z;
     n_ = n;
-    row_ = 0;
-    each_ = static_cast<int>((n + steps - 1) / steps);
+    done_ = taken_ = 0;
+    steps_ = steps;
     vectors_ = vectors;
     first_ = first;
     to_ = &to;
-    kept_ = kept;
     for (int j = 0; j < vectors; ++j) {
-      scale_[j] = load(inv_temperature + j * kLanes);
-      highest_[j] = highest_of(z + j * kLanes, n, scale_[j]);
-      sum_[j] = weighted_[j] = Vec{};
-      if (kept.max) {
-        store(kept.max + j * kLanes, highest_[j]);
-      }
+      block_.scale[j] = load(inv_temperature + j * kLanes);
+    }
+    for (int64_t r = 0; r < n; r += kBlock) {
+      kept_[r / kBlock] = kept(r);
     }
   }
 
-  void step() { add(std::min(each_, n_ - row_)); }
+  BlockSums<Kind, kVectors> begin(int64_t steps) {
+    if (idle()) {
+      return {};
+    }
+    taken_ += steps;
+    start_block();
+    return block_;
+  }
+
+  void end(BlockSums<Kind, kVectors> run) {
+    if (idle()) {
+      return;
+    }
+    const int64_t late = n_ * taken_ / steps_ - (done_ + block_.rows - run.rows);
+    for (int64_t i = 0; i < late; ++i) {
+      run.step();
+    }
+    done_ += block_.rows - run.rows;
+    block_ = run;
+    finish_block();
+  }
 
   void finish() {
-    add(n_ - row_);
-    for (int j = 0; n_ > 0 && j < vectors_; ++j) {
-      join(highest_[j], sum_[j], weighted_[j], j * kLanes, first_, *to_);
+    while (done_ < n_) {
+      start_block();
+      for (int j = 0; j < vectors_; ++j) {
+        const auto run = block_.kept.max ? sum_block<Kind, true> : sum_block<Kind, false>;
+        run(block_.z + j * kLanes, static_cast<int>(block_.rows), block_.scale[j],
+            block_.highest[j], block_.kept, j * kLanes, block_.sum[j], block_.weighted[j]);
+      }
+      done_ += block_.rows;
+      block_.skip(block_.rows);
+      finish_block();
     }
-    n_ = row_ = 0;
+    n_ = done_ = 0;
   }
 
  private:
-  void add(int rows) {
-    if (rows == 0) {
+  // What is beside a product takes whole panels.
+  bool idle() const { return done_ == n_ || vectors_ < kVectors; }
+
+  void start_block() {
+    if (block_.rows > 0) {
       return;
     }
-    const float* z = z_ + row_ * kPanel;
+    block_.z = z_ + done_ * kPanel;
+    block_.rows = std::min<int64_t>(kBlock, n_ - done_);
+    block_.kept = kept_[done_ / kBlock];
     for (int j = 0; j < vectors_; ++j) {
-      const int at = j * kLanes;
-      Vec sum = sum_[j], weighted = weighted_[j];
-      if (kept_.max) {
-        const KeptBlock<Kind> kept = kept_.from_row(row_);
-        sum_block<Kind, true>(z + at, rows, scale_[j], highest_[j], kept, at, sum, weighted);
-      } else {
-        sum_block<Kind, false>(z + at, rows, scale_[j], highest_[j], kept_, at, sum, weighted);
+      const int rows = static_cast<int>(block_.rows);
+      block_.highest[j] = highest_of(block_.z + j * kLanes, rows, block_.scale[j]);
+      block_.sum[j] = block_.weighted[j] = Vec{};
+      if (block_.kept.max) {
+        store(block_.kept.max + j * kLanes, block_.highest[j]);
       }
-      sum_[j] = sum;
-      weighted_[j] = weighted;
     }
-    row_ += rows;
+  }
+
+  void finish_block() {
+    const bool first = first_ && done_ <= kBlock;
+    for (int j = 0; block_.rows == 0 && j < vectors_; ++j) {
+      join(block_.highest[j], block_.sum[j], block_.weighted[j], j * kLanes, first, *to_);
+    }
   }
 
   const float* z_ = nullptr;
-  int n_ = 0, row_ = 0, each_ = 0, vectors_ = 0;
+  int64_t n_ = 0, done_ = 0;  // rows
+  int64_t steps_ = 1, taken_ = 0;
+  int vectors_ = 0;
   bool first_ = false;
   Running* to_ = nullptr;
-  KeptBlock<Kind> kept_ = {nullptr, 0};
-  Vec scale_[kVectors], highest_[kVectors], sum_[kVectors], weighted_[kVectors];
+  KeptBlock<Kind> kept_[kMostBlocks];
+  BlockSums<Kind, kVectors> block_;
 };
 
 // One token's statistics: its maximum and, relative to it, the sums and the sum's logarithm.

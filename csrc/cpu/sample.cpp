@@ -101,10 +101,11 @@ class Sampler {
       const Rows rows = tokens_.weight_rows(v0, n, scratch.get());
       for (int64_t p = p0; p < p1; ++p) {
         const float* inv_temperature = inv_temperature_.get() + p * kPanel;
-        tokens_.logits(rows, v0, n, p, z.get());
+        tokens_.logits(&rows, v0, n, p, z.get());
         Folding<Floats> folding;
-        folding.start(z.get(), n, tokens_.vectors(p), inv_temperature, v0 % chunk_ == 0,
-                      running_[v0 / chunk_ * panels_ + p], {nullptr, 0}, 1);
+        folding.start(
+            z.get(), n, tokens_.vectors(p), inv_temperature, v0 % chunk_ == 0,
+            running_[v0 / chunk_ * panels_ + p], [](int64_t) { return KeptBlock<Floats>(); }, 1);
         folding.finish();
         if (truncated_) {
           keep(v0, n, p, z.get());

@@ -40,6 +40,13 @@ void round_rows(float* z, int n, int64_t tokens, const Halves& to) {
   }
 }
 
+// Sums that tiles go on with where they lie: [H / kPanel][tokens][kPanel].
+struct PanelSums {
+  float* data;
+  int64_t tokens;  // a multiple of 16
+  float* at(int64_t h, int64_t t) const { return data + (h / kPanel * tokens + t) * kPanel; }
+};
+
 // G of some chunks, and their rows of the weight, as the products read them.
 template <class Kind>
 class WeightSums {
@@ -113,8 +120,8 @@ class WeightSums {
               weight(c));
   }
 
-  // sums(t) [H] += the products of G and the weight of the first chunks, which have `rows` rows in
-  // all, for t below `count`.
+  // sums(t) [H], for t below `count`, or PanelSums += the products of G and the weight of the first
+  // chunks, which have `rows` rows in all.
   template <class Sums>
   void add_products(int64_t rows, int64_t count, int threads, Sums sums) const {
     // A few panels of the weight stay in L2 while G passes by; or one, and all of a small G.
@@ -123,37 +130,53 @@ class WeightSums {
     const int64_t most = Made<Kind>::kTiles ? (3 << 18) / of_panel * kPanel : 4 * 64;
     const int64_t wide = round_up(ceil_div(a_.width, ceil_div(a_.width, most)), kPanel);
     const int64_t width = blocks > 8 ? wide : 64, groups = ceil_div(a_.width, width);
-    const int64_t ranges = std::min(blocks, ceil_div(4 * threads * chunks, groups));
+    const int64_t tasks = Made<Kind>::kTiles
+                              ? std::max<int64_t>(4 * threads, groups * ceil_div(blocks, kTogether))
+                              : 4 * threads * chunks;
+    const int64_t ranges = std::min(blocks, ceil_div(tasks, groups));
     parallel_for(groups * ranges, threads, [&](int64_t task) {
       const int64_t h0 = task / ranges * width, range = task % ranges;
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t of_chunk = std::min(chunk_, rows - c * chunk_);
-        for (int64_t b = range * blocks / ranges; b < (range + 1) * blocks / ranges; ++b) {
-          add_block(c, of_chunk, b, count, h0, std::min(h0 + width, a_.width), sums);
+        const int64_t end = std::min((range + 1) * blocks / ranges * kBlock, count);
+        for (int64_t t = range * blocks / ranges * kBlock; t < end; t += kTogether * kBlock) {
+          const int64_t n = std::min(kTogether * kBlock, end - t);
+          add_blocks(c, of_chunk, t, n, h0, std::min(h0 + width, a_.width), sums);
         }
       }
     });
   }
 
  private:
+  // Blocks of tokens that stay in L2 while panels of the weight meet them.
+  static constexpr int64_t kTogether = Made<Kind>::kTiles ? 4 : 1;
+
   Element* of_chunk(int64_t c) const { return by_token_.get() + c * padded_ * g_.steps; }
 
   Element* weight(int64_t c) const { return weight_.get() + c * chunk_ / Kind::kStep * columns_; }
 
-  // A block of tokens, columns [h0, h1).
+  // n tokens from t0 on, columns [h0, h1).
   template <class Sums>
-  void add_block(int64_t chunk, int64_t rows_of_chunk, int64_t b, int64_t count, int64_t h0,
-                 int64_t h1, Sums sums) const {
-    const int64_t t0 = b * kBlock;
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, count - t0));
-    const Rows rows = g_.rows(of_chunk(chunk), t0, n);
-    Buffer<float> c(kBlock * kPanel);
+  void add_blocks(int64_t chunk, int64_t rows_of_chunk, int64_t t0, int64_t n, int64_t h0,
+                  int64_t h1, Sums sums) const {
+    Rows blocks[kTogether];
+    for (int64_t t = 0; t < n; t += kBlock) {
+      const int of_block = static_cast<int>(std::min<int64_t>(kBlock, n - t));
+      blocks[t / kBlock] = g_.rows(of_chunk(chunk), t0 + t, of_block);
+    }
+    constexpr bool kOnto = std::is_same_v<Sums, PanelSums>;
+    const int64_t steps = ceil_div(rows_of_chunk, Kind::kStep);
+    Buffer<float> c(kOnto ? 0 : round_up(n, kBlock) * kPanel);
     for (int64_t h = h0; h < h1; h += kPanel) {
-      const int64_t width = std::min<int64_t>(kPanel, h1 - h);
-      multiply<Kind>(rows, n, ceil_div(rows_of_chunk, Kind::kStep),
-                     weight(chunk) + h * chunk_ / Kind::kStep, kVectors, c.get());
-      for (int r = 0; r < n; ++r) {
-        add(c.get() + r * kPanel, width, sums(t0 + r) + h);
+      const Element* panel = weight(chunk) + h * chunk_ / Kind::kStep;
+      if constexpr (kOnto) {
+        Nothing nothing;
+        multiply_beside(blocks, n, steps, panel, kVectors, sums.at(h, t0), nothing, true);
+      } else {
+        multiply_blocks<Kind>(blocks, n, steps, panel, kVectors, c.get());
+        for (int64_t r = 0; r < n; ++r) {
+          add(c.get() + r * kPanel, std::min<int64_t>(kPanel, h1 - h), sums(t0 + r) + h);
+        }
       }
     }
   }
