@@ -231,32 +231,38 @@ class LinearProduct {
   int n_ = 0;
 };
 
+// Rows that products take at a time, and tasks that a thread gets of them.
+#ifdef FASTRL_TILES
+constexpr int64_t kWholeTiles = 32, kTasks = 8;
+#else
+constexpr int64_t kWholeTiles = kBlock, kTasks = 4;
+#endif
+
 // Runs over blocks of `rows` rows of a weight and panels: task(first row, rows, first panel,
 // panels) gets a few of each. Which ones a task takes changes who computes, not what.
 struct BlockTasks {
-  BlockTasks(const Lanes& lanes, int64_t rows, int threads)
-      : rows(rows), panels(lanes.panels()), blocks(ceil_div(rows, kBlock)) {
-    const int64_t wanted = 4 * threads;
-    groups = std::min(panels, ceil_div(wanted, blocks));
+  BlockTasks(const Lanes& lanes, int64_t rows, int threads) : rows(rows), panels(lanes.panels()) {
+    per_range = round_up(ceil_div(rows, kTasks * threads), kWholeTiles);
+    ranges = ceil_div(rows, per_range);
+    groups = std::min(panels, ceil_div(4 * threads, ranges));
     per_group = ceil_div(panels, groups);
-    per_range = ceil_div(blocks, wanted);
-    ranges = ceil_div(blocks, per_range);
   }
   int64_t count() const { return ranges * groups; }
 
   template <class Take, class With>
   void run(int64_t task, const Take& take, const With& with) const {
-    const int64_t p0 = task % groups * per_group, b0 = task / groups * per_range;
-    for (int64_t b = b0; b < std::min(b0 + per_range, blocks); ++b) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - b * kBlock));
-      take(b * kBlock, n);
+    const int64_t p0 = task % groups * per_group, range = task / groups;
+    const int64_t end = std::min((range + 1) * per_range, rows);
+    for (int64_t r0 = range * per_range; r0 < end; r0 += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, end - r0));
+      take(r0, n);
       for (int64_t p = p0; p < std::min(p0 + per_group, panels); ++p) {
-        with(b * kBlock, n, p);
+        with(r0, n, p);
       }
     }
   }
 
-  int64_t rows, panels, blocks, groups, per_group, per_range, ranges;
+  int64_t rows, panels, groups, per_group, per_range, ranges;
 };
 
 // Runs task(begin, end) over [0, count) in a few ranges, each of which can keep its scratch.

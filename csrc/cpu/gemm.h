@@ -392,7 +392,7 @@ template <class Aside>
 void multiply_beside(const Rows* blocks, int64_t rows, int64_t steps, const uint32_t* panel,
                      int vectors, float* c, Aside& aside, bool onto = false) {
   const Tiles tiles;
-  const int64_t slices = (steps + Pairs::kSteps - 1) / Pairs::kSteps;
+  const int64_t slices = rows > 32 ? (steps + Pairs::kSteps - 1) / Pairs::kSteps : 1;
   const int64_t each = ((steps + slices - 1) / slices + 15) / 16 * 16;
   for (int64_t k = 0; k < steps; k += each) {
     const int64_t count = std::min(each, steps - k);

@@ -182,7 +182,7 @@ void stream_tiles(const EvenRows& a, int rows, int64_t steps, const PanelView<ui
     for (int r = 0; r < kBlock; ++r) {
       some.row[r] = std::min(r, n - 1) * a.stride;
     }
-    Fetching next(some.data + n * a.stride, kTogether * a.stride, tile_steps(n, steps));
+    Nothing next;
     multiply_beside(&some, n, steps, panel.data, panel.vectors, c + r0 * kPanel, next);
   }
 }
