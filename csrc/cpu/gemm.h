@@ -156,15 +156,13 @@ struct Nothing {
   void step() {}
 };
 
-// Or asking for memory, to be in L2, that lies behind what the product reads: a part of `bytes` in
+// Asking for memory, to be in L2, that lies behind what the product reads: a part of `bytes` in
 // each of `steps`.
 class Fetching {
  public:
   Fetching(const char* from, int64_t bytes, int64_t steps)
       : at_(from), end_(from + bytes), each_((bytes / 64 + steps - 1) / steps * 64) {}
 
-  Fetching begin(int64_t) { return *this; }
-  void end(const Fetching& run) { *this = run; }
   void step() {
     for (const char* const end = std::min(at_ + each_, end_); at_ < end; at_ += 64) {
       __builtin_prefetch(at_, 0, 2);
@@ -366,7 +364,7 @@ void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint
   }
   const int64_t sixteen = a.sixteen;
   int64_t at = 0;
-  auto fetching = ahead.begin(whole);
+  Fetching fetching = ahead;  // in registers
   auto beside = aside.begin(whole);
   for (int64_t k = 0; k < whole; ++k, b += 16 * kPanel, at += sixteen) {
     fetching.step();
@@ -374,7 +372,7 @@ void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint
     multiply_step<R, V>([&](auto t, int i) { tile_load_once<t.value>(rows[i] + at, stride[i]); },
                         [&](auto t, int j) { tile_load<t.value>(b + 16 * j, kPanel * 4); });
   }
-  ahead.end(fetching);
+  ahead = fetching;
   aside.end(beside);
   for (int64_t k = 16 * whole; k < steps; k += 16, b += 16 * kPanel) {
     const int64_t count = std::min<int64_t>(16, steps - k);

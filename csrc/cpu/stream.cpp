@@ -170,7 +170,7 @@ class StreamedBlock {
 };
 
 #ifdef FASTRL_TILES
-// Some rows, while the next ones are on their way.
+// So few rows at a time that they are read from end to end.
 void stream_tiles(const EvenRows& a, int rows, int64_t steps, const PanelView<uint32_t>& panel,
                   float* c) {
   constexpr int kTogether = 32;
@@ -182,8 +182,7 @@ void stream_tiles(const EvenRows& a, int rows, int64_t steps, const PanelView<ui
     for (int r = 0; r < kBlock; ++r) {
       some.row[r] = std::min(r, n - 1) * a.stride;
     }
-    Nothing next;
-    multiply_beside(&some, n, steps, panel.data, panel.vectors, c + r0 * kPanel, next);
+    multiply<Pairs>(some, n, steps, panel.data, panel.vectors, c + r0 * kPanel);
   }
 }
 #endif
