@@ -84,18 +84,6 @@ inline void quantize_few([[maybe_unused]] const float* from, [[maybe_unused]] in
 #endif
 }
 
-// Sums of integers, z[n, kPanel], of n rows of a weight and a panel that is one.
-inline void multiply_panel(const char* rows, int64_t stride, int n, int64_t count,
-                           const BytePanel& panel, float* z) {
-#ifdef FASTRL_TILES
-  const int32_t zeros[kBlock] = {};
-  multiply_slice({rows, stride, n, zeros}, count, panel.data,
-                 panel.vectors > 2 ? kVectors : panel.vectors, reinterpret_cast<int32_t*>(z));
-#else
-  stream_words({rows, stride}, n, count, panel, z);
-#endif
-}
-
 // z[n, kPanel] = rows [r0, r0 + n) of a weight, `stride` bytes each, times a panel.
 inline void multiply_int8(const void* weight, int64_t stride, const Int8Rows& w, int64_t r0, int n,
                           int64_t depth, const BytePanel& panel, float* z) {
@@ -111,7 +99,7 @@ inline void multiply_int8(const void* weight, int64_t stride, const Int8Rows& w,
                  reinterpret_cast<int32_t*>(z));
 #endif
   } else {
-    multiply_panel(rows, stride, n, words(depth), panel, z);
+    stream_words({rows, stride}, n, words(depth), panel, z);
   }
   for (int r = 0; r < n; ++r) {
     const int32_t shift = kShifted && !few ? 128 * w.sum[r0 + r] : 0;

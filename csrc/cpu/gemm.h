@@ -11,7 +11,8 @@
 //
 // Two kinds: floats; or bf16 pairs, two neighbours in depth side by side in 32 bits, whose products
 // the CPU sums in float (AVX-512 BF16; AMX, where a pair of neighbouring rows of a panel is a row
-// of a tile). Where A has floats and the panel pairs, Kind::OfFloats.
+// of a tile). Where A has floats and the panel pairs, Kind::OfFloats. AMX's tiles multiply a third,
+// fours of int8 (quant_gemm.h), the same way.
 #pragma once
 
 #include <algorithm>
@@ -75,6 +76,11 @@ struct Pairs {
   static constexpr int kStep = 2, kBytes = 4;
 #ifdef FASTRL_TILES
   static constexpr int64_t kSteps = 256;
+  using Sum = float;
+  template <int C, int A, int B>
+  static inline void multiply_tiles() {
+    tile_multiply_bf16<C, A, B>();
+  }
 #else
   static constexpr int64_t kSteps = 128;
 #endif
@@ -120,7 +126,7 @@ struct Rows {
 template <class Kind>
 struct Made {
 #ifdef FASTRL_TILES
-  static constexpr bool kTiles = Kind::kStep == 2;
+  static constexpr bool kTiles = Kind::kStep > 1;
 #else
   static constexpr bool kTiles = false;
 #endif
@@ -290,8 +296,8 @@ __attribute__((noinline)) void gather_columns(const uint32_t* from, int64_t step
 }
 
 // R x V tiles of sums: from 0 or from `c`.
-template <int R, int V>
-inline void start_sums(const float* c, bool first) {
+template <int R, int V, class Sum>
+inline void start_sums(const Sum* c, bool first) {
   constexpr int64_t kStride = kPanel * 4;
   if (first) {
     tile_zero<0>();
@@ -312,8 +318,8 @@ inline void start_sums(const float* c, bool first) {
   }
 }
 
-template <int R, int V>
-inline void store_sums(float* c) {
+template <int R, int V, class Sum>
+inline void store_sums(Sum* c) {
   constexpr int64_t kStride = kPanel * 4;
   tile_store<0>(c, kStride);
   if constexpr (V == 2) {
@@ -329,28 +335,33 @@ inline void store_sums(float* c) {
 
 // A step of depth of R x V tiles. load_rows(T, i) has the i-th 16 rows of A, load_columns(T, j)
 // the columns of B: two by two, half as many as are multiplied.
-template <int R, int V, class LoadRows, class LoadColumns>
+template <class Kind, int R, int V, class LoadRows, class LoadColumns>
 inline void multiply_step(LoadRows load_rows, LoadColumns load_columns) {
   load_columns(Tile<6>(), 0);
   load_rows(Tile<4>(), 0);
-  tile_multiply_bf16<0, 4, 6>();
+  Kind::template multiply_tiles<0, 4, 6>();
   if constexpr (V == 2) {
     load_columns(Tile<7>(), 1);
-    tile_multiply_bf16<1, 4, 7>();
+    Kind::template multiply_tiles<1, 4, 7>();
   }
   if constexpr (R == 2) {
     load_rows(Tile<5>(), 1);
-    tile_multiply_bf16<2, 5, 6>();
+    Kind::template multiply_tiles<2, 5, 6>();
     if constexpr (V == 2) {
-      tile_multiply_bf16<3, 5, 7>();
+      Kind::template multiply_tiles<3, 5, 7>();
     }
   }
 }
 
-// R x V tiles of C from `steps` Elements of depth.
-template <int R, int V, class Aside>
+template <int T, bool kStays>
+inline void load_tile(const void* from, int64_t stride) {
+  kStays ? tile_load<T>(from, stride) : tile_load_once<T>(from, stride);
+}
+
+// R x V tiles of C from `steps` Elements of depth. Either the panel or the rows are to stay in L1.
+template <class Kind, int R, int V, class Aside, bool kRowsStay = false>
 void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint32_t* panel,
-                    float* c, bool first, Fetching& ahead, Aside& aside) {
+                    typename Kind::Sum* c, bool first, Fetching& ahead, Aside& aside) {
   start_sums<R, V>(c, first);
   const uint32_t* b = panel + k0 * kPanel;
   const bool even = is_tile(a, r0) && (R == 1 || is_tile(a, r0 + 16));
@@ -369,28 +380,36 @@ void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint
   for (int64_t k = 0; k < whole; ++k, b += 16 * kPanel, at += sixteen) {
     fetching.step();
     beside.step();
-    multiply_step<R, V>([&](auto t, int i) { tile_load_once<t.value>(rows[i] + at, stride[i]); },
-                        [&](auto t, int j) { tile_load<t.value>(b + 16 * j, kPanel * 4); });
+    multiply_step<Kind, R, V>(
+        [&](auto t, int i) { load_tile<t.value, kRowsStay>(rows[i] + at, stride[i]); },
+        [&](auto t, int j) { load_tile<t.value, !kRowsStay>(b + 16 * j, kPanel * 4); });
   }
   ahead = fetching;
   aside.end(beside);
   for (int64_t k = 16 * whole; k < steps; k += 16, b += 16 * kPanel) {
     const int64_t count = std::min<int64_t>(16, steps - k);
-    multiply_step<R, V>([&](auto t, int i) { gather_rows<t.value>(a, r0 + 16 * i, k0 + k, count); },
-                        [&](auto t, int j) { gather_columns<t.value>(b + 16 * j, count); });
+    multiply_step<Kind, R, V>(
+        [&](auto t, int i) { gather_rows<t.value>(a, r0 + 16 * i, k0 + k, count); },
+        [&](auto t, int j) { gather_columns<t.value>(b + 16 * j, count); });
   }
   store_sums<R, V>(c);
+}
+
+// Into how many slices of depth a product with a panel is cut: few rows are read from end to end.
+template <class Kind>
+inline int64_t slices_of(Kind, int64_t rows, int64_t steps) {
+  return rows > 32 ? (steps + Kind::kSteps - 1) / Kind::kSteps : 1;
 }
 
 // C[rows x kPanel] of blocks of A one behind the other, all but the last of kBlock rows, or `onto`
 // what C has. A slice of the panel stays in L1 while A streams by, and the next one is asked for.
 // Sums go on from slice to slice. aside.step() is called at every step of depth: what vectors do
 // there takes half the time that it takes alone.
-template <class Aside>
-void multiply_beside(const Rows* blocks, int64_t rows, int64_t steps, const uint32_t* panel,
-                     int vectors, float* c, Aside& aside, bool onto = false) {
+template <class Kind, class Aside>
+void multiply_beside(Kind, const Rows* blocks, int64_t rows, int64_t steps, const uint32_t* panel,
+                     int vectors, typename Kind::Sum* c, Aside& aside, bool onto = false) {
   const Tiles tiles;
-  const int64_t slices = rows > 32 ? (steps + Pairs::kSteps - 1) / Pairs::kSteps : 1;
+  const int64_t slices = slices_of(Kind(), rows, steps);
   const int64_t each = ((steps + slices - 1) / slices + 15) / 16 * 16;
   for (int64_t k = 0; k < steps; k += each) {
     const int64_t count = std::min(each, steps - k);
@@ -398,9 +417,10 @@ void multiply_beside(const Rows* blocks, int64_t rows, int64_t steps, const uint
                    rows > 32 ? count * kPanel * 4 : 0, tile_steps(rows, count));
     for (int64_t r = 0; r < rows; r += 32) {
       const bool two = r + 16 < rows;
-      const auto run = vectors == 1
-                           ? (two ? multiply_tiles<2, 1, Aside> : multiply_tiles<1, 1, Aside>)
-                           : (two ? multiply_tiles<2, 2, Aside> : multiply_tiles<1, 2, Aside>);
+      const auto run =
+          vectors == 1
+              ? (two ? multiply_tiles<Kind, 2, 1, Aside> : multiply_tiles<Kind, 1, 1, Aside>)
+              : (two ? multiply_tiles<Kind, 2, 2, Aside> : multiply_tiles<Kind, 1, 2, Aside>);
       run(blocks[r / kBlock], r % kBlock, k, count, panel, c + r * kPanel, k == 0 && !onto, ahead,
           aside);
     }
@@ -411,7 +431,7 @@ template <>
 inline void multiply<Pairs>(const Rows& a, int rows, int64_t steps, const uint32_t* panel,
                             int vectors, float* c) {
   Nothing nothing;
-  multiply_beside(&a, rows, steps, panel, vectors, c, nothing);
+  multiply_beside(Pairs(), &a, rows, steps, panel, vectors, c, nothing);
 }
 
 #endif
@@ -422,7 +442,7 @@ void multiply_blocks(const Rows* blocks, int64_t rows, int64_t steps,
                      const typename Kind::Element* panel, int vectors, float* c) {
   if constexpr (Made<Kind>::kTiles) {
     Nothing nothing;
-    return multiply_beside(blocks, rows, steps, panel, vectors, c, nothing);
+    return multiply_beside(Kind(), blocks, rows, steps, panel, vectors, c, nothing);
   }
   for (int64_t r = 0; r < rows; r += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - r));

@@ -144,7 +144,7 @@ class Tokens : public TokenRange {
     bool done = false;
     if constexpr (Made<Kind>::kTiles) {
       if (panels() > 1) {
-        multiply_beside(blocks, n, steps_, panel(p), vectors, z, aside);
+        multiply_beside(Kind(), blocks, n, steps_, panel(p), vectors, z, aside);
         done = true;
       }
     }
@@ -182,12 +182,7 @@ class Tokens : public TokenRange {
   Rows in_tiles(const char* from, int64_t stride, int n, Element* to) const {
     const Made<Kind> made{round_up(steps_, 16)};
     for (int r = 0; r < n; ++r) {
-      const auto* row = reinterpret_cast<const float*>(from + r * stride);
-      int64_t k = 0;
-      for (; k + 16 <= steps_; k += 16) {
-        store(reinterpret_cast<float*>(to + made.at(r, k)), load(row + k));
-      }
-      std::memcpy(to + made.at(r, k), row + k, (steps_ - k) * sizeof(Element));
+      copy_to_tiles(made, r, from + r * stride, steps_, to);
     }
     return made.rows(to, 0, n);
   }

@@ -60,6 +60,18 @@ inline void transpose_words(const void* from, int64_t stride, int64_t rows, int6
   }
 }
 
+// Row r of what is made, of tiles: `count` Elements that lie one behind the other.
+template <class Kind>
+inline void copy_to_tiles(const Made<Kind>& made, int64_t r, const void* from, int64_t count,
+                          typename Kind::Element* to) {
+  const auto* row = static_cast<const float*>(from);
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16) {
+    store(reinterpret_cast<float*>(to + made.at(r, k)), load(row + k));
+  }
+  std::memcpy(to + made.at(r, k), row + k, (count - k) * sizeof *to);
+}
+
 // Interleaves kStep neighbouring rows and cuts them into panels of columns, so that rows become the
 // depth of a product:  [panel][row / kStep][kPanel] Elements. Missing rows and columns are 0. Row r
 // lies at index[r], if there is an index.

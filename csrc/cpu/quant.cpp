@@ -19,6 +19,8 @@
 #include "quant_gemm.h"
 #include "quant_rows.h"
 #include "quant_store.h"
+#include "quant_tiles.h"
+#include "stream.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
@@ -84,27 +86,15 @@ class Block {
     } else {
       unpack();
     }
-    if (kShifted && a.rows > kFew) {
-      for (int64_t r = 0; r < rows; ++r) {
-        start_[r] = -shift_of(data_ + r * depth_, depth_);
-      }
+    for (int64_t r = 0; kShifted && a.rows > kFew && r < rows; ++r) {
+      start_[r] = -shift_of(data_ + r * depth_, depth_);
     }
   }
 
   // The tokens [m0, m0 + tokens), packed from `panels` on; at most kTogether panels of them.
   void multiply(const uint32_t* panels, int64_t m0, int64_t tokens) {
-    const int64_t all = words(depth_), count = ceil_div(tokens, kPanel);
-    const int last = vectors(tokens - (count - 1) * kPanel);
-    const int64_t slice = kDepth == 4 && count == 1 && last == 1 ? all : kWords;
-    for (int64_t k = 0; k < all; k += slice) {
-      const int64_t steps = std::min(slice, all - k);
-      WeightRows rows = slice_of(k, steps);
-      rows.start = k == 0 ? start_ : nullptr;
-      for (int64_t p = 0; p < count; ++p) {
-        multiply_slice(rows, steps, panels + (p * all + k) * kPanel,
-                       p + 1 < count ? kVectors : last, sums(p));
-      }
-    }
+    const int64_t count = ceil_div(tokens, kPanel);
+    sum_panels(panels, count, vectors(tokens - (count - 1) * kPanel));
     for (int64_t p = 0; p < count; ++p) {
       const int64_t first = m0 + p * kPanel, n = std::min<int64_t>(kPanel, m0 + tokens - first);
       float scale[kPanel] = {};
@@ -120,6 +110,13 @@ class Block {
     float scale[kPanel] = {};
     std::copy(a_.x_scale, a_.x_scale + a_.rows, scale);
     store_panel(a_, sums(0), n0_, rows_, 0, a_.rows, scale);
+  }
+#endif
+
+#ifdef FASTRL_TILES
+  // The tokens of a chunk from m0 on, in tiles.
+  void multiply_tiles(const TokenTiles& tokens, int64_t m0) {
+    WeightPanels(a_, data_, n0_, rows_).multiply(tokens, m0);
   }
 #endif
 
@@ -142,6 +139,30 @@ class Block {
     }
   }
 
+#ifdef FASTRL_TILES
+
+  void sum_panels(const uint32_t* panel, int64_t, int vectors) {
+    const EvenRows rows = {reinterpret_cast<const char*>(data_), depth_};
+    stream_words(rows, static_cast<int>(rows_), words(depth_), {panel, kPanel, vectors},
+                 reinterpret_cast<float*>(sums(0)));
+  }
+
+#else
+
+  void sum_panels(const uint32_t* panels, int64_t count, int last) {
+    const int64_t all = words(depth_);
+    const int64_t slice = kDepth == 4 && count == 1 && last == 1 ? all : kWords;
+    for (int64_t k = 0; k < all; k += slice) {
+      const int64_t steps = std::min(slice, all - k);
+      WeightRows rows = slice_of(k, steps);
+      rows.start = k == 0 ? start_ : nullptr;
+      for (int64_t p = 0; p < count; ++p) {
+        multiply_slice(rows, steps, panels + (p * all + k) * kPanel,
+                       p + 1 < count ? kVectors : last, sums(p));
+      }
+    }
+  }
+
   WeightRows slice_of(int64_t k, [[maybe_unused]] int64_t steps) {
     const int8_t* from = data_ + k * kDepth;
     if constexpr (kDepth == 4) {
@@ -156,11 +177,14 @@ class Block {
     }
   }
 
+  Buffer<int16_t> wide_{kDepth == 2 ? kWeightRows * kWords * 2 : 0};
+
+#endif
+
   const QuantLinearArgs& a_;
   const int64_t n0_, depth_, rows_;
   const int8_t* data_ = nullptr;  // [rows, depth]
   std::unique_ptr<Buffer<int8_t>> unpacked_;
-  Buffer<int16_t> wide_{kDepth == 2 ? kWeightRows * kWords * 2 : 0};
   Buffer<int32_t> sums_{kTogether * kWeightRows * kPanel};  // [panel][kWeightRows][kPanel]
   int32_t start_[kWeightRows] = {};
 };
@@ -168,10 +192,25 @@ class Block {
 // Enough blocks for the threads to share evenly; few tokens take rows that stay in L2.
 int64_t rows_in_block(const QuantLinearArgs& a, int threads) {
   const int64_t even = round_up(ceil_div(a.weight.rows, 4 * threads), 48);
-  const int64_t near = (1 << 20) / round_up(a.weight.columns, 64) / 32 * 32;
-  const int64_t most = kTogether > 1 ? kWeightRows : std::clamp<int64_t>(near, 64, kWeightRows);
-  return a.rows <= kPanel ? 48 : std::min(even, most);
+  return a.rows <= kPanel ? 48 : std::min(even, kWeightRows);
 }
+
+#ifdef FASTRL_TILES
+void multiply_in_tiles(const QuantLinearArgs& a, int threads) {
+  const int64_t all = words(a.weight.columns);
+  const int64_t most = std::max<int64_t>(kPackedBytes / (all * 4) / 32, 1) * 32;
+  const TiledTasks tasks(a, threads);
+  const TokenTiles tokens(std::min(round_up(a.rows, 32), most), all);
+  for (int64_t m = 0; m < a.rows; m += most) {
+    tokens.pack(a, m, threads);
+    parallel_for(tasks.count, threads, [&](int64_t t) {
+      if (const int64_t rows = tasks.first(t + 1) - tasks.first(t)) {
+        Block(a, tasks.first(t), rows).multiply_tiles(tokens, m);
+      }
+    });
+  }
+}
+#endif
 
 }  // namespace
 
@@ -243,6 +282,11 @@ void quantized_linear(const QuantLinearArgs& a, int threads) {
     return parallel_for(ceil_div(a.weight.rows, block), threads, [&](int64_t b) {
       Block(a, b * block, std::min(block, a.weight.rows - b * block)).multiply(x.get());
     });
+  }
+#endif
+#ifdef FASTRL_TILES
+  if (a.rows >= kWorthTiling) {
+    return multiply_in_tiles(a, threads);
   }
 #endif
   const Buffer<uint32_t> packed(chunk * all);

@@ -29,15 +29,6 @@ constexpr bool kShifted = true;
 #else
 constexpr bool kShifted = false;
 #endif
-constexpr int64_t kWeightRows = 192;  // taken together: multiples of kMostRows, of kLanes, of 32
-// Panels whose sums are held at a time; tiles meet all depth of a block, which stays in L2.
-#ifdef FASTRL_TILES
-constexpr int64_t kTogether = 1;
-#else
-constexpr int64_t kTogether = 4;
-#endif
-// Words of depth taken at a time: a slice of a panel stays in L1 while the weight rows pass.
-constexpr int64_t kWords = kPanel > 32 ? 128 : 256;
 
 inline int64_t words(int64_t depth) { return round_up(depth, 64) / kDepth; }
 
@@ -70,6 +61,25 @@ inline void pack_tokens(const int8_t* from, int64_t rows, int64_t width, uint32_
   }
 }
 
+#ifdef FASTRL_TILES
+
+// gemm.h's products, of rows that are whole tiles deep.
+struct Fours {
+  using Element = uint32_t;
+  using Sum = int32_t;
+  static constexpr int kStep = kDepth;
+  static constexpr int64_t kSteps = 256;
+  template <int C, int A, int B>
+  static inline void multiply_tiles() {
+    tile_multiply_int8<C, A, B>();
+  }
+};
+
+constexpr int64_t kWeightRows = kBlock;
+constexpr int64_t kTogether = 1;
+
+#else
+
 // sum += the products of a word of a weight row with those of kLanes tokens.
 inline IVec multiply_add(IVec sum, int32_t weight, IVec tokens) {
 #if defined(__AVX512VNNI__)
@@ -84,6 +94,11 @@ inline IVec multiply_add(IVec sum, int32_t weight, IVec tokens) {
   return sum + (tokens << 16 >> 16) * (weight << 16 >> 16) + (tokens >> 16) * (weight >> 16);
 #endif
 }
+
+constexpr int64_t kWeightRows = 192;  // taken together: a multiple of kMostRows and of kLanes
+constexpr int64_t kTogether = 4;      // panels whose sums are held at a time
+// Words of depth taken at a time: a slice of a panel stays in L1 while the weight rows pass.
+constexpr int64_t kWords = kPanel > 32 ? 128 : 256;
 
 // Weight rows as they are multiplied: row r at data + r * stride bytes, `rows` of them.
 struct WeightRows {
@@ -144,81 +159,9 @@ __attribute__((noinline)) void multiply_words(const WeightRows& w, int64_t r0, i
   }
 }
 
-#ifdef FASTRL_TILES
-
-// 16 weight rows of 64 bytes at the end of a block; those that are not there are 0.
-template <int T>
-__attribute__((noinline)) void load_last_weights(const WeightRows& w, int64_t r, int64_t at) {
-  alignas(64) char copy[16][64] = {};
-  for (int64_t i = r; i < std::min(r + 16, w.rows); ++i) {
-    std::memcpy(copy[i - r], w.row(i) + at, 64);
-  }
-  tile_load<T>(copy, 64);
-}
-
-// 32 weight rows times 16 V tokens, `count` words deep.
-template <int V>
-void multiply_bytes(const WeightRows& w, int64_t r, int64_t count, const uint32_t* panel,
-                    int32_t* c) {
-  int32_t* to = c + r * kPanel;
-  constexpr int64_t kStride = kPanel * 4;
-  if (w.start) {  // from 0: only shifted sums start elsewhere
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
-  } else {
-    tile_load<0>(to, kStride);
-    tile_load<2>(to + 16 * kPanel, kStride);
-    if constexpr (V == 2) {
-      tile_load<1>(to + 16, kStride);
-      tile_load<3>(to + 16 * kPanel + 16, kStride);
-    }
-  }
-  const auto multiply = [&](auto load_rows) {
-    for (int64_t k = 0; k < count; k += 16, panel += 16 * kPanel) {
-      tile_load<6>(panel, kStride);
-      load_rows(Tile<4>(), 0, k * 4);
-      tile_multiply_int8<0, 4, 6>();
-      if constexpr (V == 2) {
-        tile_load<7>(panel + 16, kStride);
-        tile_multiply_int8<1, 4, 7>();
-      }
-      load_rows(Tile<5>(), 16, k * 4);
-      tile_multiply_int8<2, 5, 6>();
-      if constexpr (V == 2) {
-        tile_multiply_int8<3, 5, 7>();
-      }
-    }
-  };
-  if (r + 32 <= w.rows) {
-    const char* rows = w.row(r);
-    multiply([&](auto t, int64_t i, int64_t at) {
-      tile_load_once<t.value>(rows + i * w.stride + at, w.stride);
-    });
-  } else {
-    multiply([&](auto t, int64_t i, int64_t at) { load_last_weights<t.value>(w, r + i, at); });
-  }
-  tile_store<0>(to, kStride);
-  tile_store<2>(to + 16 * kPanel, kStride);
-  if constexpr (V == 2) {
-    tile_store<1>(to + 16, kStride);
-    tile_store<3>(to + 16 * kPanel + 16, kStride);
-  }
-}
-
-#endif
-
 // C = or += weight rows times `vectors` vectors of a panel, `count` words deep.
 inline void multiply_slice(const WeightRows& w, int64_t count, const uint32_t* panel, int vectors,
                            int32_t* c) {
-#ifdef FASTRL_TILES
-  const Tiles tiles;
-  const auto run = vectors == 1 ? multiply_bytes<1> : multiply_bytes<2>;
-  for (int64_t r = 0; r < w.rows; r += 32) {
-    run(w, r, count, panel, c);
-  }
-#else
   const auto run = [&](auto multiply, int rows) {
     for (int64_t r = 0; r < w.rows; r += rows) {
       multiply(w, r, count, panel, c);
@@ -231,8 +174,9 @@ inline void multiply_slice(const WeightRows& w, int64_t count, const uint32_t* p
   } else {
     run(multiply_words<kRows, kVectors>, kRows);
   }
-#endif
 }
+
+#endif
 
 }  // namespace
 }  // namespace FASTRL_ISA

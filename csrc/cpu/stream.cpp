@@ -171,18 +171,20 @@ class StreamedBlock {
 
 #ifdef FASTRL_TILES
 // So few rows at a time that they are read from end to end.
+template <class Kind>
 void stream_tiles(const EvenRows& a, int rows, int64_t steps, const PanelView<uint32_t>& panel,
-                  float* c) {
+                  typename Kind::Sum* c) {
   constexpr int kTogether = 32;
+  Nothing nothing;
   for (int r0 = 0; r0 < rows; r0 += kTogether) {
     const int n = std::min(kTogether, rows - r0);
     Rows some;
     some.data = a.data + r0 * a.stride;
-    some.stride = Pairs::kBytes;
+    some.stride = 4;
     for (int r = 0; r < kBlock; ++r) {
       some.row[r] = std::min(r, n - 1) * a.stride;
     }
-    multiply<Pairs>(some, n, steps, panel.data, panel.vectors, c + r0 * kPanel);
+    multiply_beside(Kind(), &some, n, steps, panel.data, panel.vectors, c + r0 * kPanel, nothing);
   }
 }
 #endif
@@ -194,7 +196,7 @@ void stream(const EvenRows& a, Float type, int rows, int64_t steps,
                rows % kMostRows == 0;  // enough to multiply, and more panels may follow
 #ifdef FASTRL_TILES
   if constexpr (std::is_same_v<Kind, Pairs>) {  // tiles sum otherwise
-    return stream_tiles(a, rows, steps, panel, c);
+    return stream_tiles<Kind>(a, rows, steps, panel, c);
   }
 #endif
   if (whole) {
@@ -233,12 +235,14 @@ void stream_unpaired_floats(const EvenRows& a, Float type, int rows, int64_t ste
   stream<UnpairedFloats>(a, type, rows, steps, panel, c);
 }
 #endif
-#ifndef FASTRL_TILES
 void stream_words(const EvenRows& a, int rows, int64_t steps, const PanelView<uint32_t>& panel,
                   float* c) {
+#ifdef FASTRL_TILES
+  stream_tiles<Fours>(a, rows, steps, panel, reinterpret_cast<int32_t*>(c));
+#else
   stream<Words>(a, Float::f32, rows, steps, panel, c);
-}
 #endif
+}
 
 }  // namespace FASTRL_ISA
 }  // namespace fastrl

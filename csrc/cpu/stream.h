@@ -38,11 +38,9 @@ void stream_pairs(const EvenRows& a, Float type, int rows, int64_t steps,
 void stream_unpaired_floats(const EvenRows& a, Float type, int rows, int64_t steps,
                             const PanelView<uint32_t>& panel, float* c);
 #endif
-#ifndef FASTRL_TILES
 // Of int8, as words; the sums are int32, whose bits c holds.
 void stream_words(const EvenRows& a, int rows, int64_t steps, const PanelView<uint32_t>& panel,
                   float* c);
-#endif
 
 namespace {
 

@@ -171,7 +171,7 @@ class WeightSums {
       const Element* panel = weight(chunk) + h * chunk_ / Kind::kStep;
       if constexpr (kOnto) {
         Nothing nothing;
-        multiply_beside(blocks, n, steps, panel, kVectors, sums.at(h, t0), nothing, true);
+        multiply_beside(Kind(), blocks, n, steps, panel, kVectors, sums.at(h, t0), nothing, true);
       } else {
         multiply_blocks<Kind>(blocks, n, steps, panel, kVectors, c.get());
         for (int64_t r = 0; r < n; ++r) {
