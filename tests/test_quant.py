@@ -206,6 +206,9 @@ def test_shapes_and_strides(impl, scheme):
         assert out.shape == (*shape[:-1], 33)
     half = quantized_linear(x, qweight, bias, out_dtype=torch.bfloat16, impl=impl)
     assert torch.equal(half, want.bfloat16())
+    room = torch.full((3, 4, 33), torch.nan)
+    into = quantized_linear(x.view(3, 4, 70), qweight, bias, out=room, impl=impl)
+    assert into is room and torch.equal(room.flatten(0, 1), want)
     assert torch.equal(dequantize(make(weight.T.contiguous().T, scheme)), dequantize(qweight))
 
 
@@ -219,7 +222,8 @@ def test_opcheck():
     check = torch.library.opcheck
     for scheme in set(SCHEMES) - {"fp8"}:  # opcheck itself cannot compare float8 tensors
         arguments = make(weight, scheme).arguments
-        check(ops.quantized_linear.default, (x, None, bias, torch.float32, *arguments, "cpu"))
+        out = torch.empty(5, 17)
+        check(ops.quantized_linear.default, (x, None, bias, *arguments, out, "cpu"))
         check(ops.dequantize.default, (torch.bfloat16, *arguments, "cpu"))
     check(ops.quantize_rows.default, (x, "cpu"))
     for residual in (None, x):
@@ -278,6 +282,9 @@ def test_wrong_weights_are_named(change, says):
         ({"bias": torch.zeros(3)}, r"bias must be floating point \[N=4\]"),
         ({"qweight": torch.zeros(4, 6)}, "qweight must be what quantize returns"),
         ({"out_dtype": torch.int32}, "out_dtype=torch.int32"),
+        ({"out": torch.zeros(2, 5)}, r"out must be torch.float32 \(2, 4\) on cpu, got .*\(2, 5\)"),
+        ({"out": torch.zeros(2, 4).half()}, "out must be torch.float32 .* got torch.float16"),
+        ({"out": torch.zeros(4, 2).T}, "out must be contiguous"),
         ({"impl": "fast"}, "impl='fast' is unknown"),
         ({"impl": "triton"}, "impl='triton' is unavailable"),
     ],

@@ -395,12 +395,6 @@ void multiply_tiles(const Rows& a, int r0, int64_t k0, int64_t steps, const uint
   store_sums<R, V>(c);
 }
 
-// Into how many slices of depth a product with a panel is cut: few rows are read from end to end.
-template <class Kind>
-inline int64_t slices_of(Kind, int64_t rows, int64_t steps) {
-  return rows > 32 ? (steps + Kind::kSteps - 1) / Kind::kSteps : 1;
-}
-
 // C[rows x kPanel] of blocks of A one behind the other, all but the last of kBlock rows, or `onto`
 // what C has. A slice of the panel stays in L1 while A streams by, and the next one is asked for.
 // Sums go on from slice to slice. aside.step() is called at every step of depth: what vectors do
@@ -409,7 +403,7 @@ template <class Kind, class Aside>
 void multiply_beside(Kind, const Rows* blocks, int64_t rows, int64_t steps, const uint32_t* panel,
                      int vectors, typename Kind::Sum* c, Aside& aside, bool onto = false) {
   const Tiles tiles;
-  const int64_t slices = slices_of(Kind(), rows, steps);
+  const int64_t slices = rows > 32 ? (steps + Kind::kSteps - 1) / Kind::kSteps : 1;
   const int64_t each = ((steps + slices - 1) / slices + 15) / 16 * 16;
   for (int64_t k = 0; k < steps; k += each) {
     const int64_t count = std::min(each, steps - k);

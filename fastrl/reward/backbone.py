@@ -50,13 +50,15 @@ class Layer:
         delta: Tensor | None,
         layout: GroupLayout,
         angles: Angles,
+        wide: Tensor | None = None,
         pooled: Tensor | None = None,
         observe: Observe | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream x + delta after this layer, as the two.
 
-        With `pooled`, the result is that of these tokens alone, and only their queries, output
-        projection and MLP are computed.
+        `wide` is room for the MLP's two products, `[2, T, I]`: fresh memory in every layer would
+        take longer than what is computed there. With `pooled`, the result is that of these tokens
+        alone, and only their queries, output projection and MLP are computed.
         """
         s, tokens = self.spec, len(x)
         q, k, v, o = (self.linears[f"self_attn.{n}_proj"] for n in "qkvo")
@@ -90,7 +92,9 @@ class Layer:
             before_mlp = "pre_feedforward_layernorm"
         rows, x = norm_rows(x, delta, self.norms[before_mlp], s.eps, (gate, up))
         self._watch(observe, rows, "mlp.gate_proj", "mlp.up_proj")
-        rows = glu_rows(gate(rows, x.dtype), up(rows, x.dtype), s.activation, down)
+        room = (None, None) if wide is None else wide[:, : len(x)]
+        gated, upper = (f(rows, x.dtype, to) for f, to in zip((gate, up), room, strict=True))
+        rows = glu_rows(gated, upper, s.activation, down)
         self._watch(observe, rows, "mlp.down_proj")
         delta = down(rows, x.dtype)
         if s.sandwich:

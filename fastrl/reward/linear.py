@@ -59,16 +59,18 @@ class Linear:
         of = self.weight.scale if isinstance(self.weight, QuantizedWeight) else self.weight
         return of.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
-    def __call__(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """The product `[M, N]` in `dtype`."""
+    def __call__(self, rows: Rows, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The product `[M, N]` in `dtype`, in `out` if that is given."""
         if isinstance(self.weight, QuantizedWeight):
             x = rows.int8 if self.reads_int8 and rows.int8 is not None else rows.plain
-            return quantized_linear(x, self.weight, self.bias, out_dtype=dtype)
+            return quantized_linear(x, self.weight, self.bias, out_dtype=dtype, out=out)
         assert rows.plain is not None
-        return product(rows.plain, self.weight, self.bias).to(dtype)
+        if out is None:
+            out = rows.plain.new_empty(len(rows.plain), len(self.weight), dtype=dtype)
+        return product(rows.plain, self.weight, self.bias, out)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """`F.linear` in the weight's dtype, whose rows do not depend on how many there are.
 
     A library's product of `[M, K]` sums in an order that depends on M, so on a CPU all products
@@ -76,8 +78,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
     if x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    out = x.new_empty(len(x), len(weight))
+        return out.copy_(F.linear(x, weight, bias))
     for i in range(0, len(x), BLOCK):
         block = x[i : i + BLOCK]
         rows = len(block)

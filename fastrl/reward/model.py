@@ -276,27 +276,27 @@ class QuantizedRewardModel:
         self, batch: Batch, *, last_layer: str = "pooled", observe: Observe | None = None
     ) -> Tensor:
         """Scores `[B, K]` of a packed batch; last_layer="all" computes all of its tokens there."""
-        x, delta, angles = self._embed(batch), None, self._angles(batch)
+        x, delta, angles, wide = self._start(batch)
         *layers, last = self.layers
         for layer in layers:
-            x, delta = layer(x, delta, batch.layout, angles, observe=observe)
+            x, delta = layer(x, delta, batch.layout, angles, wide, observe=observe)
         whole = last_layer == "all"
         pooled = None if whole else batch.pooled
-        x, delta = last(x, delta, batch.layout, angles, pooled=pooled, observe=observe)
+        x, delta = last(x, delta, batch.layout, angles, wide, pooled=pooled, observe=observe)
         at = batch.pooled if whole else torch.arange(len(x), device=x.device)
         return pool_score(x + delta, at, self._ends.norm, self._ends.head, eps=self.spec.eps)
 
-    def _embed(self, batch: Batch) -> Tensor:
-        return embed(self._ends.embedding, batch, self.spec, self.dtype)
-
-    def _angles(self, batch: Batch) -> Angles:
-        return self._rotary(batch.layout.positions(len(batch.ids)))
+    def _start(self, batch: Batch) -> tuple[Tensor, None, Angles, Tensor]:
+        """What the first layer takes: states, no delta, angles, room for an MLP."""
+        x = embed(self._ends.embedding, batch, self.spec, self.dtype)
+        angles = self._rotary(batch.layout.positions(len(batch.ids)))
+        return x, None, angles, x.new_empty(2, len(x), self.spec.intermediate)
 
     def _overflow(self, batch: Batch) -> str:
         """Where the first value that is not finite appears."""
-        x, delta, angles = self._embed(batch), None, self._angles(batch)
+        x, delta, angles, wide = self._start(batch)
         for i, layer in enumerate(self.layers):
-            x, delta = layer(x, delta, batch.layout, angles)
+            x, delta = layer(x, delta, batch.layout, angles, wide)
             if not (x + delta).isfinite().all():
                 return f"activations overflow in layer {i}"
         return "its head overflows"

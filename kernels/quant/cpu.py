@@ -98,9 +98,9 @@ def stored_weight(w: QuantizedWeight):
     return c.quant_weight(scheme, *w.shape, stride, data, scale, w.block, *four_bit), kept
 
 
-def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
+def quantized_linear(x, x_scale, bias, *weight_and_out) -> None:
+    *weight, out = weight_and_out
     w = QuantizedWeight(*weight)
-    out = x.new_empty((*x.shape[:-1], w.rows), dtype=out_dtype)
     x = x.reshape(-1, w.columns).contiguous()
     if w.compute == "bf16":
         x, w = x.bfloat16(), replace(w, scale=torch.ones_like(w.scale))
@@ -114,11 +114,10 @@ def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
     c = module()
     args = c.quant_linear_args(
         *(len(x), pointer(x), pointer(x_scale), stored, pointer(bias)),
-        *(float_kind(out_dtype), pointer(out)),
+        *(float_kind(out.dtype), pointer(out)),
     )
     run = c.quantized_linear_cpu if w.compute == "int8" else c.dequantized_linear_cpu
     run(args, threads())
-    return out
 
 
 def dequantize(dtype, *weight) -> Tensor:

@@ -1,7 +1,8 @@
 """The torch operators of this family: schemas, fakes, call of an implementation.
 
 An implementation is a module beside this one with functions of the operators' names, which take
-the operators' arguments but `impl` and return their results. None has a gradient.
+the operators' arguments but `impl` and return their results, or write them to `out`. None has a
+gradient.
 """
 
 import torch
@@ -32,8 +33,7 @@ _SCHEMAS = {
         "float weight_offset, str impl) -> Tensor"
     ),
     "quantized_linear": (
-        "(Tensor x, Tensor? x_scale, Tensor? bias, ScalarType out_dtype, "
-        f"{_WEIGHT}, str impl) -> Tensor"
+        f"(Tensor x, Tensor? x_scale, Tensor? bias, {_WEIGHT}, Tensor(a!) out, str impl) -> ()"
     ),
     "dequantize": f"(ScalarType dtype, {_WEIGHT}, str impl) -> Tensor",
 }
@@ -49,11 +49,6 @@ def _fake_rmsnorm_quant(x, weight, residual, eps, weight_offset, impl):
     return *rows_like(x), x.new_empty(0 if residual is None else x.shape)
 
 
-def _fake_linear(x, x_scale, bias, out_dtype, *weight):
-    w = QuantizedWeight(*weight[:-1])
-    return x.new_empty((*x.shape[:-1], w.rows), dtype=out_dtype)
-
-
 def _fake_dequantize(dtype, *weight):
     w = QuantizedWeight(*weight[:-1])
     return w.data.new_empty(w.shape, dtype=dtype)
@@ -66,7 +61,7 @@ _FAKES = {
     "pool_score": lambda hidden, last, norm_weight, head, *_: hidden.new_empty(
         (len(last), len(head)), dtype=torch.float32
     ),
-    "quantized_linear": _fake_linear,
+    "quantized_linear": lambda *_: None,
     "dequantize": _fake_dequantize,
 }
 

@@ -98,6 +98,7 @@ def quantized_linear(
     bias: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """x times a quantized weight, transposed, plus ``bias``.
@@ -110,9 +111,11 @@ def quantized_linear(
     for each row, products summed in float32, on a GPU by ``torch._scaled_mm``.
 
     ``x`` is ``[..., K]`` in float32, bfloat16 or float16, ``bias`` ``[N]``; the result is
-    ``[..., N]`` in ``out_dtype``, by default that of ``x``, or float32 for quantized rows. A row
-    with a NaN or an infinity gives NaN. There is no gradient: ValueError for an ``x`` that
-    requires one where gradients are recorded, and for arguments that do not fit.
+    ``[..., N]`` in ``out_dtype``, by default that of ``x``, or float32 for quantized rows. It is
+    written to ``out`` if that is given, contiguous and of this shape and dtype: fresh memory of
+    many rows takes a CPU as long as a third of the product. A row with a NaN or an infinity gives
+    NaN. There is no gradient: ValueError for an ``x`` that requires one where gradients are
+    recorded, and for arguments that do not fit.
     """
     op = "quantized_linear"
     data, scale = (x.data, x.scale) if isinstance(x, QuantizedRows) else (x, None)
@@ -145,15 +148,26 @@ def quantized_linear(
     out_dtype = out_dtype or (data.dtype if scale is None else torch.float32)
     if out_dtype not in FLOATS:
         raise ValueError(f"{op}: out_dtype={out_dtype} must be float32, bfloat16 or float16")
+    shape = (*data.shape[:-1], qweight.rows)
+    if out is None:
+        out = data.new_empty(shape, dtype=out_dtype)
+    elif out.shape != shape or out.dtype != out_dtype or out.device != data.device:
+        raise ValueError(
+            f"{op}: out must be {out_dtype} {shape} on {data.device}, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    elif not out.is_contiguous() or out.requires_grad:
+        raise ValueError(f"{op}: out must be contiguous and not require a gradient")
     scaled = impl == "auto" and scale is None and fits(data, qweight)
-    return torch.ops.fastrl.quantized_linear(
+    torch.ops.fastrl.quantized_linear(
         data.detach(),
         scale,
         None if bias is None else bias.detach(),
-        out_dtype,
         *qweight.arguments,
+        out,
         "scaled" if scaled else choose(op, impl, data.device, HAS[op]),
     )
+    return out
 
 
 def dequantize(

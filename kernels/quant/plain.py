@@ -23,12 +23,12 @@ def pool_score(*arguments) -> Tensor:
     return reference.pool_score(*arguments)
 
 
-def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
+def quantized_linear(x, x_scale, bias, *weight_and_out) -> None:
+    *weight, out = weight_and_out
     w = QuantizedWeight(*weight)
     flat = x.reshape(-1, w.columns)
     scale = None if x_scale is None else x_scale.reshape(-1)
-    out = reference.quantized_linear(flat, scale, w, bias)
-    return out.to(out_dtype).view(*x.shape[:-1], w.rows)
+    out.copy_(reference.quantized_linear(flat, scale, w, bias).view_as(out))
 
 
 def dequantize(dtype, *weight) -> Tensor:

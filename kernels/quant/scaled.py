@@ -20,17 +20,17 @@ def fits(x: Tensor, w: QuantizedWeight) -> bool:
     )
 
 
-def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
+def quantized_linear(x, x_scale, bias, *weight_and_out) -> None:
+    *weight, out = weight_and_out
     w = QuantizedWeight(*weight)
     if not fits(x, w):
-        return plain.quantized_linear(x, x_scale, bias, out_dtype, *weight)
+        return plain.quantized_linear(x, x_scale, bias, *weight_and_out)
     rows, scale = fp8_rows(x.reshape(-1, w.columns))
     # Scales for each row are only taken with results in bf16.
-    out = torch._scaled_mm(
+    y = torch._scaled_mm(
         *(rows, w.data.t()),
         scale_a=scale.unsqueeze(1),
         scale_b=w.scale.unsqueeze(0),
         out_dtype=torch.bfloat16,
     )
-    out = out if bias is None else out.float() + bias.float()
-    return out.to(out_dtype).view(*x.shape[:-1], w.rows)
+    out.copy_((y if bias is None else y.float() + bias.float()).view_as(out))

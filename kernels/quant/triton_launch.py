@@ -126,13 +126,13 @@ def _stored(w: QuantizedWeight) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in w.arguments[:7]]
 
 
-def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
+def quantized_linear(x, x_scale, bias, *weight_and_out) -> None:
+    *weight, out = weight_and_out
     w = QuantizedWeight(*weight)
     if w.compute == "fp8":
-        return scaled.quantized_linear(x, x_scale, bias, out_dtype, *weight)
-    out = x.new_empty((*x.shape[:-1], w.rows), dtype=out_dtype)
+        return scaled.quantized_linear(x, x_scale, bias, *weight_and_out)
     if out.numel() == 0:
-        return out
+        return
     x = x.reshape(-1, w.columns).contiguous()
     int8 = w.compute == "int8"
     if not int8:
@@ -153,7 +153,6 @@ def quantized_linear(x, x_scale, bias, out_dtype, *weight) -> Tensor:
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return out
 
 
 def dequantize(dtype, *weight) -> Tensor:
