@@ -19,16 +19,16 @@ namespace {
 constexpr int64_t kWorthTiling = 4 * kPanel;  // tokens, for which a copy of the weight pays
 constexpr int64_t kTokens = 32;
 
-// Tasks of a product, and the weight rows that one packs: they fill half of L2, and threads share
+// Tasks of a product and the weight rows of each: packed, they fill half of L2, and threads share
 // them evenly.
 struct TiledTasks {
   int64_t rows, panels, count;
 
   TiledTasks(const QuantLinearArgs& a, int threads)
       : rows(a.weight.rows), panels(ceil_div(rows, kPanel)) {
-    constexpr int64_t kBytes = 1 << 20;
-    const int64_t fit = kBytes / round_up(a.weight.columns, 64) / kPanel;
-    count = round_up(ceil_div(panels, std::clamp<int64_t>(fit, 2, 12)), 2 * threads);
+    constexpr int64_t kBytes = 1 << 20, kMost = 64;
+    const int64_t fit = ceil_div(kBytes, round_up(a.weight.columns, 64) * kPanel);
+    count = round_up(ceil_div(panels, std::min(fit, kMost)), 2 * threads);
   }
   // The first row of a task.
   int64_t first(int64_t task) const { return std::min(panels * task / count * kPanel, rows); }
@@ -81,49 +81,47 @@ class TokenTiles {
   const Buffer<uint32_t> tiles_;
 };
 
-// Sums [weight panel][32 tokens][kPanel] on their way to the output, beside the product that makes
-// them and a panel behind it.
+// A panel's sums [32 tokens][kPanel] on their way to the output, beside the product that comes
+// next.
 class Storing {
  public:
-  // The first `waiting` products are of earlier slices of depth, and that after them has no sums
-  // before it.
-  Storing(const QuantLinearArgs& a, const int32_t* sums, int64_t n0, int64_t rows, int64_t m0,
-          int64_t tokens, int64_t waiting)
-      : a_(a), sums_(sums), n0_(n0), rows_(rows), m0_(m0), tokens_(tokens), waiting_(waiting) {}
+  Storing(const QuantLinearArgs& a, const int32_t* sums, int64_t n0, int64_t rows)
+      : a_(a), sums_(sums), n0_(n0), rows_(rows) {}
 
-  // Lines of a panel that are left, some in every step of a product.
+  // The sums of a panel and of `tokens` tokens from m0 on are there.
+  void add(int64_t panel, int64_t m0, int64_t tokens) {
+    panel_ = panel;
+    m0_ = m0;
+    tokens_ = tokens;
+  }
+
+  // Lines that are left, some in every step of a product.
   struct Run {
     const Storing* of;
-    int64_t panel, token, each;
+    int64_t token, end, each;
 
     __attribute__((always_inline)) void step() {
-      for (int64_t i = 0; i < each && token < of->tokens_; ++i) {
-        of->store_line(panel, token++);
+      for (int64_t i = 0; i < each && token < end; ++i) {
+        of->store_line(token++);
       }
     }
   };
 
-  Run begin(int64_t steps) {
-    const bool none = waiting_-- >= 0;
-    return {this, none ? 0 : panel_++, none ? tokens_ : 0, ceil_div(tokens_, steps)};
-  }
+  Run begin(int64_t steps) { return {this, 0, tokens_, ceil_div(tokens_, steps)}; }
 
   void end(Run run) {
-    while (run.token < tokens_) {
+    while (run.token < run.end) {
       run.step();
     }
+    tokens_ = 0;
   }
 
-  void finish() {
-    while (panel_ * kPanel < rows_) {
-      end(begin(1));
-    }
-  }
+  void finish() { end(begin(1)); }
 
  private:
-  __attribute__((always_inline)) void store_line(int64_t panel, int64_t token) const {
-    const int32_t* sums = sums_ + (panel * kTokens + token) * kPanel;
-    const int64_t n = n0_ + panel * kPanel, left = rows_ - panel * kPanel;
+  __attribute__((always_inline)) void store_line(int64_t token) const {
+    const int32_t* sums = sums_ + (panel_ * kTokens + token) * kPanel;
+    const int64_t n = n0_ + panel_ * kPanel, left = rows_ - panel_ * kPanel;
     const float x_scale = a_.x_scale[m0_ + token];
     const int64_t size = bytes(a_.out_type);
     char* const to = static_cast<char*>(a_.out) + ((m0_ + token) * a_.weight.rows + n) * size;
@@ -146,8 +144,8 @@ class Storing {
 
   const QuantLinearArgs& a_;
   const int32_t* const sums_;
-  const int64_t n0_, rows_, m0_, tokens_;
-  int64_t waiting_, panel_ = 0;
+  const int64_t n0_, rows_;
+  int64_t panel_ = 0, m0_ = 0, tokens_ = 0;
 };
 
 // A block of weight rows, as panels.
@@ -161,38 +159,34 @@ class WeightPanels {
         packed_(round_up(rows, kPanel) * words_),
         sums_(round_up(rows, kPanel) * kTokens) {
     for (int64_t r = 0; r < rows; r += kPanel) {
-      pack(data + r * words_ * 4, std::min<int64_t>(kPanel, rows - r), r + kPanel < rows,
-           packed_.get() + r * words_);
+      pack(data + r * words_ * 4, std::min<int64_t>(kPanel, rows - r), packed_.get() + r * words_);
     }
   }
 
   void multiply(const TokenTiles& tokens, int64_t m0) {
+    const Tiles tiles;
+    Storing storing(a_, sums_.get(), n0_, rows_);
     for (int64_t m = 0; m < tokens.count(a_, m0); m += kTokens) {
       const int64_t n = std::min<int64_t>(kTokens, tokens.count(a_, m0) - m);
-      multiply(tokens.rows(m), m0 + m, n);
+      multiply(tokens.rows(m), m0 + m, n, storing);
     }
+    storing.finish();
   }
 
  private:
-  // A panel of `n` rows. The next one, if any, is asked for from end to end.
-  void pack(const int8_t* rows, int64_t n, bool more, uint32_t* panel) const {
+  void pack(const int8_t* rows, int64_t n, uint32_t* panel) const {
     const int64_t width = words_ * 4;
-    if (n < kPanel) {
-      return pack_tokens(rows, n, width, panel);
+    for (int64_t k = 0; n == kPanel && k < width; k += 64) {
+      transpose_words(rows + k, words_, kPanel, 16, panel + k / 4 * kPanel, kPanel);
     }
-    const char* const next = reinterpret_cast<const char*>(rows + kPanel * width);
-    Fetching ahead(next, more ? kPanel * width : 0, width / 64);
-    for (int64_t k = 0; k < width; k += 64) {
-      ahead.step();
-      transpose_words(rows + k, width / 4, kPanel, 16, panel + k / 4 * kPanel, kPanel);
+    if (n < kPanel) {
+      pack_tokens(rows, n, width, panel);
     }
   }
 
-  void multiply(const Rows& tokens, int64_t m0, int64_t n) {
-    const Tiles tiles;
+  void multiply(const Rows& tokens, int64_t m0, int64_t n, Storing& storing) const {
     const int64_t panels = ceil_div(rows_, kPanel), slices = ceil_div(words_, Fours::kSteps);
     const int64_t each = round_up(ceil_div(words_, slices), 16);
-    Storing storing(a_, sums_.get(), n0_, rows_, m0, n, panels * (slices - 1));
     const auto run = n > 16 ? multiply_tiles<Fours, 2, 2, Storing, true>
                             : multiply_tiles<Fours, 1, 2, Storing, true>;
     for (int64_t k = 0; k < words_; k += each) {
@@ -202,9 +196,11 @@ class WeightPanels {
       for (int64_t p = 0; p < panels; ++p) {
         run(tokens, 0, k, count, packed_.get() + p * kPanel * words_,
             sums_.get() + p * kPanel * kTokens, k == 0, ahead, storing);
+        if (k + count == words_) {
+          storing.add(p, m0, n);
+        }
       }
     }
-    storing.finish();
   }
 
   const QuantLinearArgs& a_;
