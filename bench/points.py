@@ -28,6 +28,8 @@ CAPPED = {
     "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "amx": {},
 }
+# Variables of threads and of memory that change times and are a user's to set.
+TIMING = ("OMP_", "GOMP_", "KMP_", "MALLOC_", "LD_PRELOAD")
 MKL = {"avx2": "AVX2", "avx512": "AVX512", "avx512_vnni": "AVX512", "avx512_bf16": "AVX512"}
 
 
@@ -56,8 +58,9 @@ class Options:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a shape's process gets besides this one's environment."""
-        chosen = {"OMP_NUM_THREADS": str(self.threads)}
+        """What changes times: of this process, and what a shape's gets besides."""
+        chosen = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(TIMING)}
+        chosen["OMP_NUM_THREADS"] = str(self.threads)
         if self.isa is not None:
             chosen |= {"FASTRL_ISA": self.isa} | CAPPED[self.isa]
             chosen |= {"MKL_ENABLE_INSTRUCTIONS": MKL[self.isa]} if self.isa in MKL else {}

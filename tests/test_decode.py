@@ -47,7 +47,9 @@ def steps_are_the_forwards(engine, model, truth, texts, count):
             assert error < 1e-5
         else:
             assert error <= 2 * (forward(model, ids)[-1].double() - want).abs().max() + 1e-3
-        assert engine.prefill(ids).hidden.sub(got[i]).abs().max() <= 2 * error + 1e-6
+        # AMX takes a prompt's attention in bf16, a row's own in floats: one more rounding apart.
+        rounding = torch.finfo(got.dtype).eps * got[i].abs().max()
+        assert engine.prefill(ids).hidden.sub(got[i]).abs().max() <= 2 * error + rounding + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -16,6 +16,7 @@
 #include <limits>
 #include <vector>
 
+#include "chunks.h"
 #include "decode_panels.h"
 
 namespace fastrl {
@@ -55,10 +56,17 @@ class Attention {
   void run(int64_t layer) const {
     const int64_t shared = items_.size() * m_.kv_heads, own = ceil_div(units(), kLanes);
     parallel_ranges(shared + own, threads_, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(*this);
+      Scratch scratch(*this);
       for (int64_t i = begin; i < end; ++i) {
         if (i < shared) {
-          attend_shared(layer, items_[i / m_.kv_heads], i % m_.kv_heads, scratch);
+          const Item& item = items_[i / m_.kv_heads];
+#ifdef FASTRL_TILES
+          if (m_.type == Float::bf16) {
+            attend_shared(layer, item, i % m_.kv_heads, scratch, scratch.tiles);
+            continue;
+          }
+#endif
+          attend_shared(layer, item, i % m_.kv_heads, scratch, scratch.floats);
         } else {
           attend_own(layer, (i - shared) * kLanes, scratch);
         }
@@ -131,15 +139,23 @@ class Attention {
     int64_t segment, row, first, keys, part;
   };
 
-  // For a task's chunks; the keys and values of one as floats, where they are not.
+  // For a task's chunks.
   struct Scratch {
     explicit Scratch(const Attention& a)
-        : floats(a.m_.type == Float::f32 ? 0 : 2 * a.most_keys_ * a.m_.head_size),
+        : floats(a.m_.type, a.m_.head_size, a.most_keys_),
+#ifdef FASTRL_TILES
+          tiles(a.m_.head_size, a.most_keys_),
+#endif
           query(a.depth_ * kPanel),
           scores(round_up(a.most_keys_, kBlock) * kPanel),
           out(round_up(a.depth_, kBlock) * kPanel),
-          rows(kLanes * a.depth_) {}
-    Buffer<float> floats, query, scores, out, rows;
+          rows(kLanes * a.depth_) {
+    }
+    FloatChunk floats;
+#ifdef FASTRL_TILES
+    TileChunk tiles;
+#endif
+    const Buffer<float> query, scores, out, rows;
   };
 
   std::vector<int64_t> plan() {
@@ -231,23 +247,12 @@ class Attention {
     return p;
   }
 
-  // Where the keys (kind 0) or values (1) of a chunk are as floats.
-  const float* as_floats(int64_t layer, int kind, const Item& item, int64_t kv_head,
-                         const Scratch& scratch) const {
-    const char* from = cached(layer, kind, visits_[item.begin].segment, kv_head, item.first);
-    if (m_.type == Float::f32) {
-      return reinterpret_cast<const float*>(from);
-    }
-    float* to = scratch.floats.get() + kind * most_keys_ * m_.head_size;
-    to_floats(from, m_.type, item.keys * m_.head_size, to);
-    return to;
-  }
-
-  void attend_shared(int64_t layer, const Item& item, int64_t kv_head,
-                     const Scratch& scratch) const {
-    const int64_t d = m_.head_size;
-    const float* const kv[] = {as_floats(layer, 0, item, kv_head, scratch),
-                               as_floats(layer, 1, item, kv_head, scratch)};
+  template <class Chunk>
+  void attend_shared(int64_t layer, const Item& item, int64_t kv_head, const Scratch& scratch,
+                     Chunk& chunk) const {
+    const int64_t d = m_.head_size, segment = visits_[item.begin].segment;
+    chunk.take(cached(layer, 0, segment, kv_head, item.first),
+               cached(layer, 1, segment, kv_head, item.first), item.keys);
     const auto &query = scratch.query, &scores = scratch.scores, &out = scratch.out;
     for (int64_t q0 = 0; q0 < (item.end - item.begin) * group_; q0 += kPanel) {
       const Panel p = panel(item, m_.layers[layer].window, kv_head, q0);
@@ -257,11 +262,11 @@ class Attention {
       for (int j = 0; j < p.vectors; ++j) {
         to_lanes(p.query + j * kLanes, d, kPanel, query.get() + j * kLanes);
       }
-      multiply_rows(kv[0], d, 1, item.keys, d, query.get(), p.vectors, scores.get());
+      chunk.score(query.get(), p.vectors, scores.get());
       for (int j = 0; j < p.vectors; ++j) {
         soften(scores.get() + j * kLanes, item.keys, p, j * kLanes);
       }
-      multiply_rows(kv[1], 1, d, d, item.keys, scores.get(), p.vectors, out.get());
+      chunk.weigh(scores.get(), p.vectors, out.get());
       for (int j = 0; j < ceil_div(p.count, kLanes); ++j) {
         each_row(out.get() + j * kLanes, d, kPanel, [&](int i, int64_t k, Vec x) {
           const int64_t part = p.part[j * kLanes + i];
@@ -437,21 +442,6 @@ class Attention {
         sum += sums[2][j] + sums[3][j];
       }
       store(out + j * kLanes, sum);
-    }
-  }
-
-  // c[n, kPanel] = A[n x depth] * b, element (i, k) of A at a[i * row + k * step].
-  static void multiply_rows(const float* a, int64_t row, int64_t step, int64_t n, int64_t depth,
-                            const float* b, int vectors, float* c) {
-    Rows rows;
-    rows.data = reinterpret_cast<const char*>(a);
-    rows.stride = step * 4;
-    for (int64_t i = 0; i < n; i += kBlock) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlock, n - i));
-      for (int r = 0; r < round_up(count, kMostRows); ++r) {
-        rows.row[r] = (i + std::min(r, count - 1)) * row * 4;
-      }
-      multiply<Floats>(rows, count, depth, b, vectors, c + i * kPanel);
     }
   }
 

@@ -17,7 +17,7 @@ namespace FASTRL_ISA {
 namespace {
 
 constexpr int64_t kWorthTiling = 4 * kPanel;  // tokens, for which a copy of the weight pays
-constexpr int64_t kTokens = 32;
+constexpr int64_t kGroup = 32;
 
 // Tasks of a product and the weight rows of each: packed, they fill half of L2, and threads share
 // them evenly.
@@ -44,14 +44,14 @@ class TokenTiles {
   // From token m on, as many as there is room for.
   void pack(const QuantLinearArgs& a, int64_t m, int threads) const {
     const int64_t width = a.weight.columns;
-    parallel_for(ceil_div(count(a, m), kTokens), threads, [&](int64_t group) {
-      const int64_t first = m + group * kTokens;
-      auto* const to = reinterpret_cast<int8_t*>(tiles_.get() + group * kTokens * words_);
-      for (int64_t t = 0; t < kTokens; ++t) {
+    parallel_for(ceil_div(count(a, m), kGroup), threads, [&](int64_t group) {
+      const int64_t first = m + group * kGroup;
+      auto* const to = reinterpret_cast<int8_t*>(tiles_.get() + group * kGroup * words_);
+      for (int64_t t = 0; t < kGroup; ++t) {
         const auto* row = static_cast<const int8_t*>(a.x) + (first + t) * width;
         const int64_t there = first + t < a.rows ? width : 0;
         for (int64_t k = 0; k < words_ * 4; k += 64) {
-          int8_t* line = to + k * kTokens + t * 64;
+          int8_t* line = to + k * kGroup + t * 64;
           const int64_t n = std::clamp<int64_t>(there - k, 0, 64);
           std::memcpy(line, row + k, n);
           std::memset(line + n, 0, 64 - n);
@@ -69,8 +69,8 @@ class TokenTiles {
     Rows rows;
     rows.data = reinterpret_cast<const char*>(tiles_.get() + first * words_);
     rows.stride = 4;
-    rows.sixteen = kTokens * 64;
-    for (int r = 0; r < kTokens; ++r) {
+    rows.sixteen = kGroup * 64;
+    for (int r = 0; r < kGroup; ++r) {
       rows.row[r] = r * 64;
     }
     return rows;
@@ -120,7 +120,7 @@ class Storing {
 
  private:
   __attribute__((always_inline)) void store_line(int64_t token) const {
-    const int32_t* sums = sums_ + (panel_ * kTokens + token) * kPanel;
+    const int32_t* sums = sums_ + (panel_ * kGroup + token) * kPanel;
     const int64_t n = n0_ + panel_ * kPanel, left = rows_ - panel_ * kPanel;
     const float x_scale = a_.x_scale[m0_ + token];
     const int64_t size = bytes(a_.out_type);
@@ -157,7 +157,7 @@ class WeightPanels {
         rows_(rows),
         words_(words(a.weight.columns)),
         packed_(round_up(rows, kPanel) * words_),
-        sums_(round_up(rows, kPanel) * kTokens) {
+        sums_(round_up(rows, kPanel) * kGroup) {
     for (int64_t r = 0; r < rows; r += kPanel) {
       pack(data + r * words_ * 4, std::min<int64_t>(kPanel, rows - r), packed_.get() + r * words_);
     }
@@ -166,8 +166,8 @@ class WeightPanels {
   void multiply(const TokenTiles& tokens, int64_t m0) {
     const Tiles tiles;
     Storing storing(a_, sums_.get(), n0_, rows_);
-    for (int64_t m = 0; m < tokens.count(a_, m0); m += kTokens) {
-      const int64_t n = std::min<int64_t>(kTokens, tokens.count(a_, m0) - m);
+    for (int64_t m = 0; m < tokens.count(a_, m0); m += kGroup) {
+      const int64_t n = std::min<int64_t>(kGroup, tokens.count(a_, m0) - m);
       multiply(tokens.rows(m), m0 + m, n, storing);
     }
     storing.finish();
@@ -191,11 +191,11 @@ class WeightPanels {
                             : multiply_tiles<Fours, 1, 2, Storing, true>;
     for (int64_t k = 0; k < words_; k += each) {
       const int64_t count = std::min(each, words_ - k);
-      Fetching ahead(tokens.data + (k + count) * 4 * kTokens, count * 4 * kTokens,
+      Fetching ahead(tokens.data + (k + count) * 4 * kGroup, count * 4 * kGroup,
                      panels * count / 16);
       for (int64_t p = 0; p < panels; ++p) {
         run(tokens, 0, k, count, packed_.get() + p * kPanel * words_,
-            sums_.get() + p * kPanel * kTokens, k == 0, ahead, storing);
+            sums_.get() + p * kPanel * kGroup, k == 0, ahead, storing);
         if (k + count == words_) {
           storing.add(p, m0, n);
         }
