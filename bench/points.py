@@ -28,9 +28,9 @@ CAPPED = {
     "avx512_bf16": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "amx": {},
 }
+MKL = {"avx2": "AVX2", "avx512": "AVX512", "avx512_vnni": "AVX512", "avx512_bf16": "AVX512"}
 # Variables of threads and of memory that change times and are a user's to set.
 TIMING = ("OMP_", "GOMP_", "KMP_", "MALLOC_", "LD_PRELOAD")
-MKL = {"avx2": "AVX2", "avx512": "AVX512", "avx512_vnni": "AVX512", "avx512_bf16": "AVX512"}
 
 
 @dataclass(frozen=True)

@@ -198,9 +198,9 @@ int64_t rows_in_block(const QuantLinearArgs& a, int threads) {
 #ifdef FASTRL_TILES
 void multiply_in_tiles(const QuantLinearArgs& a, int threads) {
   const int64_t all = words(a.weight.columns);
-  const int64_t most = std::max<int64_t>(kPackedBytes / (all * 4) / 32, 1) * 32;
+  const int64_t most = std::max<int64_t>(kPackedBytes / (all * 4) / kGroup, 1) * kGroup;
   const TiledTasks tasks(a, threads);
-  const TokenTiles tokens(std::min(round_up(a.rows, 32), most), all);
+  const TokenTiles tokens(std::min(round_up(a.rows, kGroup), most), all);
   for (int64_t m = 0; m < a.rows; m += most) {
     tokens.pack(a, m, threads);
     parallel_for(tasks.count, threads, [&](int64_t t) {
@@ -285,7 +285,7 @@ void quantized_linear(const QuantLinearArgs& a, int threads) {
   }
 #endif
 #ifdef FASTRL_TILES
-  if (a.rows >= kWorthTiling) {
+  if (a.rows >= kManyTokens) {
     return multiply_in_tiles(a, threads);
   }
 #endif

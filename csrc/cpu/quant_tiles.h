@@ -16,7 +16,7 @@ namespace fastrl {
 namespace FASTRL_ISA {
 namespace {
 
-constexpr int64_t kWorthTiling = 4 * kPanel;  // tokens, for which a copy of the weight pays
+constexpr int64_t kManyTokens = 4 * kPanel;  // for which a copy of the weight pays
 constexpr int64_t kGroup = 32;
 
 // Tasks of a product and the weight rows of each: packed, they fill half of L2, and threads share

@@ -65,20 +65,27 @@ class Linear:
             x = rows.int8 if self.reads_int8 and rows.int8 is not None else rows.plain
             return quantized_linear(x, self.weight, self.bias, out_dtype=dtype, out=out)
         assert rows.plain is not None
-        if out is None:
-            out = rows.plain.new_empty(len(rows.plain), len(self.weight), dtype=dtype)
-        return product(rows.plain, self.weight, self.bias, out)
+        return product(rows.plain, self.weight, self.bias, dtype, out)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`F.linear` in the weight's dtype, whose rows do not depend on how many there are.
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`F.linear` in the weight's dtype, as `dtype`; its rows do not depend on how many there are.
 
     A library's product of `[M, K]` sums in an order that depends on M, so on a CPU all products
     here have one M; a row then has the same bits in any batch, with the same number of threads.
     """
     x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
     if x.device.type != "cpu":
-        return out.copy_(F.linear(x, weight, bias))
+        y = F.linear(x, weight, bias).to(dtype)
+        return y if out is None else out.copy_(y)
+    if out is None:
+        out = x.new_empty(len(x), len(weight), dtype=dtype)
     for i in range(0, len(x), BLOCK):
         block = x[i : i + BLOCK]
         rows = len(block)

@@ -286,11 +286,12 @@ class QuantizedRewardModel:
         at = batch.pooled if whole else torch.arange(len(x), device=x.device)
         return pool_score(x + delta, at, self._ends.norm, self._ends.head, eps=self.spec.eps)
 
-    def _start(self, batch: Batch) -> tuple[Tensor, None, Angles, Tensor]:
-        """What the first layer takes: states, no delta, angles, room for an MLP."""
+    def _start(self, batch: Batch) -> tuple[Tensor, None, Angles, Tensor | None]:
+        """What the first layer takes: states, no delta, angles, on a CPU room for an MLP."""
         x = embed(self._ends.embedding, batch, self.spec, self.dtype)
         angles = self._rotary(batch.layout.positions(len(batch.ids)))
-        return x, None, angles, x.new_empty(2, len(x), self.spec.intermediate)
+        wide = None if x.is_cuda else x.new_empty(2, len(x), self.spec.intermediate)
+        return x, None, angles, wide
 
     def _overflow(self, batch: Batch) -> str:
         """Where the first value that is not finite appears."""

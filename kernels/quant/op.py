@@ -112,10 +112,9 @@ def quantized_linear(
 
     ``x`` is ``[..., K]`` in float32, bfloat16 or float16, ``bias`` ``[N]``; the result is
     ``[..., N]`` in ``out_dtype``, by default that of ``x``, or float32 for quantized rows. It is
-    written to ``out`` if that is given, contiguous and of this shape and dtype: fresh memory of
-    many rows takes a CPU as long as a third of the product. A row with a NaN or an infinity gives
-    NaN. There is no gradient: ValueError for an ``x`` that requires one where gradients are
-    recorded, and for arguments that do not fit.
+    written to ``out`` if that is given, contiguous and of this shape and dtype. A row with a
+    NaN or an infinity gives NaN. There is no gradient: ValueError for an ``x`` that requires one
+    where gradients are recorded, and for arguments that do not fit.
     """
     op = "quantized_linear"
     data, scale = (x.data, x.scale) if isinstance(x, QuantizedRows) else (x, None)
