@@ -165,6 +165,7 @@ def truth_and_errors(hidden, weight, target, impl, upstream, **options):
         (20, 130, 32003),
         (16, 896, 2003),
         (2100, 10, 77),
+        (4200, 10, 77),
     ],
 )
 def test_cpu_error_is_at_most_twice_the_references(dtype, n, h, v):

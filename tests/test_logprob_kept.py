@@ -18,13 +18,13 @@ def keeps(out):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("which", ["logprob", "all"])
-def test_workspace_changes_no_bit(dtype, which):
+@pytest.mark.parametrize(("n", "which"), [(3300, "logprob"), (3300, "all"), (6400, "all")])
+def test_workspace_changes_no_bit(dtype, n, which):
     """Nothing kept and a walk for each gradient, some blocks kept, all: with ignored rows."""
-    hidden, weight, target = problem(3300, 24, 1009, dtype)
+    hidden, weight, target = problem(n, 24, 1009, dtype)
     weight = weight / 5
     target[::3] = -100
-    upstream = torch.randn(3300)
+    upstream = torch.randn(n)
 
     def run(workspace_mb, needs=(True, True)):
         inputs = [
@@ -49,7 +49,8 @@ def test_workspace_changes_no_bit(dtype, which):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("n", "h", "v"), [(1, 96, 60), (129, 33, 777), (300, 64, 1009), (2500, 70, 1200)]
+    ("n", "h", "v"),
+    [(1, 96, 60), (129, 33, 777), (300, 64, 1009), (2500, 70, 1200), (6400, 70, 777)],
 )
 def test_in_weights_gradient_changes_no_bit(dtype, n, h, v):
     """All exponentials there, or some of them, of all tokens in one go and in several."""

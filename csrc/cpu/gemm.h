@@ -162,8 +162,7 @@ struct Nothing {
   void step() {}
 };
 
-// Asking for memory, to be in L2, that lies behind what the product reads: a part of `bytes` in
-// each of `steps`.
+// Asking for memory, to be in L2, that is wanted next: a part of `bytes` in each of `steps`.
 class Fetching {
  public:
   Fetching(const char* from, int64_t bytes, int64_t steps)
@@ -174,6 +173,9 @@ class Fetching {
       __builtin_prefetch(at_, 0, 2);
     }
   }
+
+  Fetching begin(int64_t) { return *this; }
+  void end(const Fetching& run) { *this = run; }
 
  private:
   const char *at_, *end_;
@@ -232,17 +234,17 @@ __attribute__((noinline)) void multiply_tile(const Rows& a, int r0, int64_t k0, 
   }
 }
 
-// C[kBlock x kPanel] = A * panel for `rows` rows (a multiple of kMostRows is computed), the first
-// `vectors` of the panel's vectors, and `steps` Elements of depth.
+// C[kBlock x kPanel] = A * panel, or `onto` what C has, for `rows` rows (a multiple of kMostRows is
+// computed), the first `vectors` of the panel's vectors, and `steps` Elements of depth.
 template <class Kind>
 void multiply(const Rows& a, int rows, int64_t steps, const typename Kind::Element* panel,
-              int vectors, float* c) {
+              int vectors, float* c, bool onto = false) {
   constexpr int64_t kSteps = Kind::kSteps;
   if (vectors == 1) {  // few columns: each row of A streams through once
     for (int r = 0; r < rows; r += kMostRows) {
       for (int64_t k = 0; k < steps; k += kSteps) {
-        multiply_tile<Kind, kMostRows, 1>(a, r, k, std::min(kSteps, steps - k), panel, c, k == 0,
-                                          reinterpret_cast<const char*>(panel));
+        multiply_tile<Kind, kMostRows, 1>(a, r, k, std::min(kSteps, steps - k), panel, c,
+                                          k == 0 && !onto, reinterpret_cast<const char*>(panel));
       }
     }
     return;
@@ -250,11 +252,12 @@ void multiply(const Rows& a, int rows, int64_t steps, const typename Kind::Eleme
   for (int64_t k = 0; k < steps; k += kSteps) {  // many: a slice of the panel stays in L1
     const int64_t count = std::min(kSteps, steps - k);
     const char* ahead = reinterpret_cast<const char*>(panel + (k + count) * kPanel);
+    const bool first = k == 0 && !onto;
     for (int r = 0; r < rows; r += kRows, ahead += count * kPace) {
       if (vectors == 2) {
-        multiply_tile<Kind, kRows, 2>(a, r, k, count, panel, c, k == 0, ahead);
+        multiply_tile<Kind, kRows, 2>(a, r, k, count, panel, c, first, ahead);
       } else {
-        multiply_tile<Kind, kRows, kVectors>(a, r, k, count, panel, c, k == 0, ahead);
+        multiply_tile<Kind, kRows, kVectors>(a, r, k, count, panel, c, first, ahead);
       }
     }
   }
@@ -423,24 +426,25 @@ void multiply_beside(Kind, const Rows* blocks, int64_t rows, int64_t steps, cons
 
 template <>
 inline void multiply<Pairs>(const Rows& a, int rows, int64_t steps, const uint32_t* panel,
-                            int vectors, float* c) {
+                            int vectors, float* c, bool onto) {
   Nothing nothing;
-  multiply_beside(Pairs(), &a, rows, steps, panel, vectors, c, nothing);
+  multiply_beside(Pairs(), &a, rows, steps, panel, vectors, c, nothing, onto);
 }
 
 #endif
 
-// C[rows x kPanel] of blocks of A one behind the other, all but the last of kBlock rows.
-template <class Kind>
+// C[rows x kPanel] of blocks of A one behind the other, all but the last of kBlock rows, or `onto`
+// what C has. With tiles, `aside` is beside.
+template <class Kind, class Aside = Nothing>
 void multiply_blocks(const Rows* blocks, int64_t rows, int64_t steps,
-                     const typename Kind::Element* panel, int vectors, float* c) {
+                     const typename Kind::Element* panel, int vectors, float* c, bool onto = false,
+                     Aside&& aside = {}) {
   if constexpr (Made<Kind>::kTiles) {
-    Nothing nothing;
-    return multiply_beside(Kind(), blocks, rows, steps, panel, vectors, c, nothing);
+    return multiply_beside(Kind(), blocks, rows, steps, panel, vectors, c, aside, onto);
   }
   for (int64_t r = 0; r < rows; r += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - r));
-    multiply<Kind>(blocks[r / kBlock], n, steps, panel, vectors, c + r * kPanel);
+    multiply<Kind>(blocks[r / kBlock], n, steps, panel, vectors, c + r * kPanel, onto);
   }
 }
 

@@ -220,10 +220,15 @@ class Tokens : public TokenRange {
   Buffer<Element> packed_;
 };
 
+// All tokens, or rounds of one length, for each of which the whole weight passes.
 template <class Kind>
 int64_t tokens_at_once(const LinearArgs& a) {
   const int64_t bytes = round_up(a.width, Kind::kStep) * 4 / Kind::kStep;
-  return std::min({kTokens, std::max<int64_t>(kTokenBytes / bytes / kPanel, 1) * kPanel, a.rows});
+  const int64_t fit = std::clamp<int64_t>(kTokenBytes / bytes / kPanel * kPanel, kPanel, kTokens);
+  if (a.rows <= Kind::kStep * fit) {
+    return a.rows;
+  }
+  return round_up(ceil_div(a.rows, ceil_div(a.rows, fit)), kPanel);
 }
 
 // As many as have enough to multiply: two million products take some tens of microseconds, as does

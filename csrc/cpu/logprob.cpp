@@ -181,12 +181,29 @@ class Forward {
   Buffer<float> at_target_, inv_temperature_;
 };
 
+// Each gradient in a walk of its own, where one for all is not what the plan says: grad_weight
+// last, as what is kept may lie where it writes.
+template <class Kind>
+void backward_in_walks(const LogprobBackwardArgs& args, int threads) {
+  const bool weight = args.grad_weight || args.grad_bias;
+  if (!args.grad_hidden || !weight || args.linear.hidden_type == Float::f32 ||
+      make_plan<Kind>(args.linear, args.workspace).one_walk) {
+    return Backward<Kind>(args, threads).run();
+  }
+  LogprobBackwardArgs hidden = args, others = args;
+  hidden.grad_weight = nullptr;
+  hidden.grad_bias = nullptr;
+  others.grad_hidden = nullptr;
+  Backward<Kind>(hidden, threads).run();
+  Backward<Kind>(others, threads).run();
+}
+
 template <class Kind>
 void backward(const LogprobBackwardArgs& args, int threads) {
   if (args.means) {
     backward_from_means<Kind>(args, threads);
   } else {
-    Backward<Kind>(args, threads).run();
+    backward_in_walks<Kind>(args, threads);
   }
 }
 

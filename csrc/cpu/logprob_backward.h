@@ -14,6 +14,7 @@
 
 #include "logprob_plan.h"
 #include "pages.h"
+#include "weight_rows.h"
 
 namespace fastrl {
 namespace FASTRL_ISA {
@@ -44,18 +45,18 @@ class Backward {
         plan_(make_plan<Kind>(a_, args.workspace)),
         by_row_{plan_.g_stride / Kind::kStep},
         want_weight_(args.grad_weight || args.grad_bias),
-        one_walk_(want_weight_ && (plan_.one_walk || a_.hidden_type == Float::f32)),
         several_(a_.rows > plan_.capacity),
         few_(plan_.few &&
              enough_chunks(a_, ceil_div(a_.vocab, plan_.chunk), args.grad_hidden, threads)),
         tokens_(a_, plan_.capacity),
         upstream_(plan_.padded / kPanel),
         hidden_(args.grad_weight ? plan_.padded / Kind::kStep * plan_.columns : 0),
-        rows_at_once_(plan_.together * plan_.chunk),
+        rows_at_once_(args.grad_hidden ? plan_.together * plan_.chunk : plan_.rows_alone),
         weight_sums_(a_, plan_.padded, plan_.chunk, args.grad_hidden && !few_ ? plan_.together : 0),
-        grad_weight_(args.grad_weight && several_ ? rows_at_once_ * a_.width : 0),
+        grad_weight_(args.grad_weight && a_.rows > plan_.range ? rows_at_once_ * plan_.columns : 0),
         sums_(args.grad_hidden && a_.hidden_type != Float::f32
-                  ? round_up(one_walk_ || few_ ? a_.rows : plan_.capacity, kLanes) * plan_.columns
+                  ? round_up(want_weight_ || few_ ? a_.rows : plan_.capacity, kLanes) *
+                        plan_.columns
                   : 0) {}
 
   void run() {
@@ -64,11 +65,10 @@ class Backward {
         return walk_few();
       }
     }
-    if (args_.grad_hidden && !one_walk_) {
+    if (want_weight_) {
+      walk_vocabulary(args_.grad_hidden);
+    } else if (args_.grad_hidden) {
       walk_tokens();
-    }
-    if (want_weight_) {  // last: what is kept may lie where it writes
-      walk_vocabulary(args_.grad_hidden && one_walk_);
     }
   }
 
@@ -126,7 +126,7 @@ class Backward {
             : multiply_both<false, true>;
     for (int64_t at = 0; at < rows; at += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, rows - at));
-      differentiate(first + at, n, args_.grad_bias, z.get(), scratch.get(),
+      differentiate(first + at, n, 0, args_.grad_bias, z.get(), scratch.get(),
                     [&](int64_t, int, int64_t p, float* z) {
                       tile_gradients(z, n, tokens_.in_panel(p), a_.rows,
                                      g.get() + p * kPanel * kTile);
@@ -156,13 +156,14 @@ class Backward {
     if (a_.hidden_type == Float::f32) {
       return static_cast<float*>(args_.grad_hidden) + a_.row(token) * a_.width;
     }
-    return sums_.get() + (one_walk_ ? token : t) * a_.width;
+    return sums_.get() + (want_weight_ ? token : t) * a_.width;
   }
 
   // The same for tiles.
   PanelSums panel_sums(int64_t t) const {
-    const int64_t token = one_walk_ ? tokens_.first() + t : t;
-    return {sums_.get() + token * kPanel, round_up(one_walk_ ? a_.rows : plan_.capacity, kLanes)};
+    const int64_t token = want_weight_ ? tokens_.first() + t : t;
+    return {sums_.get() + token * kPanel,
+            round_up(want_weight_ ? a_.rows : plan_.capacity, kLanes)};
   }
 
   void start_sums(int64_t first, int64_t count) const {
@@ -213,13 +214,23 @@ class Backward {
                      reinterpret_cast<float*>(hidden_.get()) + i * kAcross);
         }
       } else if (args_.grad_weight) {
-        const auto* hidden = static_cast<const char*>(a_.hidden);
-        const int64_t skipped = a_.index ? 0 : first * a_.width * bytes(a_.hidden_type);
-        pack_rows(Kind(), hidden + skipped, a_.width, a_.hidden_type, p * kPanel,
-                  tokens_.in_panel(p), a_.width, depth_of_tokens(), hidden_.get(),
-                  a_.index ? a_.index + first : nullptr);
+        pack_hidden(first, p);
       }
     });
+  }
+
+  // A panel of the tokens taken, from token `first` on, for grad_weight's product.
+  void pack_hidden(int64_t first, int64_t p) const {
+    const auto* hidden = static_cast<const char*>(a_.hidden);
+    const int64_t skipped = a_.index ? 0 : first * a_.width * bytes(a_.hidden_type);
+    const int64_t t0 = p * kPanel, t1 = t0 + tokens_.in_panel(p), depth = depth_of_tokens();
+    pack_rows(Kind(), hidden + skipped, a_.width, a_.hidden_type, t0, t1 - t0, a_.width, depth,
+              hidden_.get(), a_.index ? a_.index + first : nullptr);
+    const int64_t packed = round_up(t1, Kind::kStep), end = std::min(t0 + kPanel, depth);
+    for (int64_t h = 0; h < a_.width; h += kPanel) {
+      std::fill_n(hidden_.get() + (h * depth + packed * kPanel) / Kind::kStep,
+                  (end - packed) * kPanel / Kind::kStep, Element());
+    }
   }
 
   void take_token(int64_t row, int64_t i, Upstream& u) const {
@@ -238,7 +249,9 @@ class Backward {
     u.spread = u.spread || u.of_spread[i] != 0.0f;
   }
 
-  int64_t depth_of_tokens() const { return round_up(tokens_.count(), Kind::kStep); }
+  int64_t depth_of_tokens() const { return round_up(tokens_.count(), kDepthOfTokens<Kind>); }
+
+  int64_t tokens_in_range(int64_t t0) const { return std::min(plan_.range, tokens_.count() - t0); }
 
   // Some chunks of the vocabulary, from row `first` on, and the tokens taken.
   void chunks(int64_t first, bool weight, bool hidden, bool pack_weight) {
@@ -249,19 +262,22 @@ class Backward {
     parallel_for(ceil_div(blocks, each), threads_, [&](int64_t task) {
       const int64_t begin = task * each * kBlock, end = std::min(begin + each * kBlock, rows);
       const int64_t size = kBlock * plan_.g_stride / Kind::kStep;
-      Buffer<float> z(each * kBlock * kPanel), scratch(each * tokens_.scratch());
+      Buffer<float> z(2 * each * kBlock * kPanel), scratch(each * tokens_.scratch());
       Buffer<Element> by_row(each * size);
-      differentiate(first + begin, end - begin, weight && args_.grad_bias, z.get(), scratch.get(),
-                    [&](int64_t b, int n, int64_t p, float* g) {
-                      const int64_t at = begin + b * kBlock;
-                      keep(at / plan_.chunk, at % plan_.chunk, n, p, g, by_row.get() + b * size);
-                    });
+      for (int64_t t = 0; t < tokens_.count(); t += plan_.range) {
+        differentiate(first + begin, end - begin, t, weight && args_.grad_bias, z.get(),
+                      scratch.get(), [&](int64_t b, int n, int64_t p, float* g) {
+                        const int64_t at = begin + b * kBlock;
+                        keep(at / plan_.chunk, at % plan_.chunk, n, p, t, g,
+                             by_row.get() + b * size);
+                      });
+        if (weight && args_.grad_weight) {
+          add_grad_weight(first + begin, begin, end - begin, t, by_row.get(), z.get());
+        }
+      }
       for (int64_t at = begin; hidden && pack_weight && at < end; at += kBlock) {
         const int64_t c = at / plan_.chunk, in_chunk = at % plan_.chunk;
         weight_sums_.pack(c, first + at - in_chunk, in_chunk, rows_in_block(at, end));
-      }
-      if (weight && args_.grad_weight) {
-        add_grad_weight(first + begin, begin, end - begin, by_row.get(), z.get());
       }
     });
     if (hidden) {
@@ -278,15 +294,16 @@ class Backward {
     return static_cast<int>(std::min<int64_t>(kBlock, end - at));
   }
 
-  // Blocks of vocabulary rows: the gradients of a block's logits, before scale and bias, are left
-  // in z and taken from there, a panel of tokens at a time: take(block, its rows, panel, its z).
+  // Blocks of vocabulary rows, and the range of tokens from t0 on: the gradients of a block's
+  // logits, before scale and bias, are left in z and taken from there, a panel of tokens at a time:
+  // take(block, its rows, panel, its z).
   template <class Take>
-  void differentiate(int64_t v0, int64_t count, bool bias, float* z, float* scratch,
+  void differentiate(int64_t v0, int64_t count, int64_t t0, bool bias, float* z, float* scratch,
                      Take take) const {
     double sum[kBlocks * kBlock] = {};
     Rows blocks[kBlocks];
     bool have_rows = false;
-    for (int64_t p = 0; p < tokens_.panels(); ++p) {
+    for (int64_t p = t0 / kPanel; p < ceil_div(t0 + tokens_in_range(t0), kPanel); ++p) {
       int64_t kept = 0;  // rows whose logits are not computed again
       while (kept < count && is_kept(v0 + kept, p)) {
         kept += kBlock;
@@ -313,7 +330,7 @@ class Backward {
     }
     for (int64_t r = 0; bias && r < count; ++r) {
       float& to = args_.grad_bias[v0 + r];
-      to = static_cast<float>(sum[r] + (tokens_.first() ? to : 0.0f));
+      to = static_cast<float>(sum[r] + (tokens_.first() + t0 ? to : 0.0f));
     }
   }
 
@@ -400,19 +417,21 @@ class Backward {
     }
   }
 
-  // G of a block as the two products read it, by vocabulary row and by token.
-  void keep(int64_t c, int64_t in_chunk, int n, int64_t p, float* z, Element* of_row) const {
-    const int64_t tokens = tokens_.in_panel(p);
+  // G of a block as the two products read it, by vocabulary row and by token; of the range of
+  // tokens from t0 on.
+  void keep(int64_t c, int64_t in_chunk, int n, int64_t p, int64_t t0, float* z,
+            Element* of_row) const {
+    const int64_t tokens = tokens_.in_panel(p), in_range = p * kPanel - t0;
     if constexpr (Kind::kStep == 1) {
       for (int r = 0; args_.grad_weight && r < n; ++r) {
-        float* to = of_row + r * plan_.g_stride + p * kPanel;
+        float* to = of_row + r * plan_.g_stride + in_range;
         std::memcpy(to, z + r * kPanel, tokens * sizeof(float));
       }
       if (args_.grad_hidden) {
         weight_sums_.keep(c, in_chunk, n, p, tokens, z);
       }
     } else {
-      Element* first = of_row + by_row_.at(0, p * kPanel / Kind::kStep);
+      Element* first = of_row + by_row_.at(0, in_range / Kind::kStep);
       const Halves rounded = {reinterpret_cast<uint16_t*>(first),
                               (by_row_.at(1, 0) - by_row_.at(0, 0)) * Kind::kStep,
                               (by_row_.at(16, 0) - by_row_.at(0, 0)) * Kind::kStep};
@@ -430,36 +449,32 @@ class Backward {
     }
   }
 
-  // Blocks of rows from v0 on, row `at` of those at once.
-  void add_grad_weight(int64_t v0, int64_t at, int64_t count, const Element* by_row,
-                       float* c) const {
+  // Blocks of rows from v0 on, row `at` of those at once, and the range of tokens from t0 on.
+  void add_grad_weight(int64_t v0, int64_t at, int64_t count, int64_t t0, const Element* by_row,
+                       float* z) const {
     const int64_t size = kBlock * plan_.g_stride / Kind::kStep;
     Rows blocks[kBlocks];
     for (int64_t r = 0; r < count; r += kBlock) {
       blocks[r / kBlock] = by_row_.rows(by_row + r / kBlock * size, 0, rows_in_block(r, count));
     }
-    const int64_t depth = depth_of_tokens();
-    const bool last = tokens_.first() + tokens_.count() == a_.rows;
+    const int64_t depth = depth_of_tokens(), tokens = tokens_in_range(t0);
+    const int64_t steps = round_up(tokens, kDepthOfTokens<Kind>) / Kind::kStep;
+    const bool last = tokens_.first() + t0 + tokens == a_.rows;
     make_rows(v0, last ? count : 0);
+    const int64_t rows = round_up(count, kBlock);
+    float* const all = grad_weight_.get() + at * plan_.columns;
+    WeightRows written(a_, args_.grad_weight, v0);
     for (int64_t h = 0; h < a_.width; h += kPanel) {
-      const int64_t width = std::min<int64_t>(kPanel, a_.width - h);
-      multiply_blocks<Kind>(blocks, count, depth / Kind::kStep,
-                            hidden_.get() + h * depth / Kind::kStep, kVectors, c);
-      for (int64_t r = 0; r < count; ++r) {
-        float* sum = c + r * kPanel;
-        if (several_) {
-          float* kept = grad_weight_.get() + (at + r) * a_.width + h;
-          for (int64_t i = 0; i < width; ++i) {
-            sum[i] += tokens_.first() ? kept[i] : 0.0f;
-          }
-          std::memcpy(kept, sum, width * sizeof(float));
-        }
-        if (last) {
-          const int64_t to = ((v0 + r) * a_.width + h) * bytes(a_.weight_type);
-          from_floats(sum, a_.weight_type, width, static_cast<char*>(args_.grad_weight) + to);
-        }
+      float* const sums = grad_weight_.get() ? all + h * rows : z + h / kPanel % 2 * rows * kPanel;
+      const Element* panel = hidden_.get() + h * depth / Kind::kStep + t0 * kPanel / Kind::kStep;
+      const bool onto = tokens_.first() + t0 > 0;
+      multiply_blocks<Kind>(blocks, count, steps, panel, kVectors, sums, onto, written);
+      written.finish();
+      if (last) {
+        written.start(sums, count, h, tile_steps(count, steps));
       }
     }
+    written.finish();
   }
 
   const LogprobBackwardArgs& args_;
@@ -468,7 +483,6 @@ class Backward {
   const Plan plan_;
   const Made<Kind> by_row_;  // G of a block
   const bool want_weight_;
-  const bool one_walk_;
   const bool several_;  // the tokens do not fit in one go
   const bool few_;      // they are so few that a thread takes a whole chunk
   Tokens<Kind> tokens_;

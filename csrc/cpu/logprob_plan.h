@@ -14,10 +14,12 @@ constexpr int64_t kFew = 64;  // tokens; with more, a product of its own for eac
 
 struct Plan {
   int64_t capacity, padded;  // tokens at a time, and these as whole panels
-  int64_t g_stride;          // of a vocabulary row of G: a line more, or rows share few cache sets
+  int64_t range;             // tokens of which G is there by row, in whole panels
+  int64_t g_stride;          // of a row of G: a line more, or rows share few cache sets
   int64_t columns;           // H as whole panels
   int64_t chunk;             // vocabulary rows whose product is summed from zero
   int64_t together;          // chunks at a time
+  int64_t rows_alone;        // of the vocabulary at a time, for grad_weight alone
   int64_t panels;            // of all tokens
   int64_t kept_lanes;        // of a panel
   int64_t kept_panels;       // of a block of the vocabulary, the first ones
@@ -43,26 +45,29 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   Plan plan;
   plan.capacity = tokens_at_once<Kind>(a);
   plan.padded = round_up(plan.capacity, kPanel);
-  plan.g_stride = plan.padded + 16 * Kind::kStep;
+  const int64_t ranges = ceil_div(plan.padded, kTokens);
+  plan.range = round_up(ceil_div(plan.padded, ranges), kPanel);
+  plan.g_stride = plan.range + 16 * Kind::kStep;
   plan.columns = round_up(a.width, kPanel);
   plan.chunk = std::min(rows_together(a.width), round_up(a.vocab, kBlock));
   plan.panels = ceil_div(a.rows, kPanel);
 
   const bool several = a.rows > plan.capacity, floats = a.hidden_type == Float::f32;
   plan.few = Kind::kStep == 1 && a.rows <= kFew && !several;
-  const int64_t of_chunk =
-      WeightSums<Kind>::size(a, plan.padded, plan.chunk) + (several ? 4 * plan.chunk * a.width : 0);
+  const int64_t of_chunk = WeightSums<Kind>::size(a, plan.padded, plan.chunk) +
+                           (several || ranges > 1 ? 4 * plan.chunk * plan.columns : 0);
   // G by row is one block's for each thread: as much as a chunk's for 8 or 16 of them. What more
   // threads take is not counted, as forward and backward may have other numbers of them.
-  int64_t scratch = of_chunk + 4 * plan.chunk * plan.g_stride / Kind::kStep;
-  scratch = plan.few ? std::max(scratch, kFewSums) : scratch;
-  scratch += 8 * plan.padded * plan.columns / Kind::kStep;
+  const int64_t packed =
+      8 * plan.padded * plan.columns / Kind::kStep + 4 * plan.chunk * plan.g_stride / Kind::kStep;
+  int64_t scratch = packed + (plan.few ? std::max(of_chunk, kFewSums) : of_chunk);
   const int64_t all_sums = floats ? 0 : 4 * a.rows * plan.columns;
   plan.one_walk = scratch + all_sums <= workspace.limit || !several;
   const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * plan.columns;
 
   const int64_t free = std::max<int64_t>(workspace.limit - scratch - sums, 0);
-  plan.together = std::min({1 + free / 3 / of_chunk, kMostTogether, ceil_div(a.vocab, plan.chunk)});
+  const int64_t share = several ? free : free / 3;  // of many tokens few would be kept
+  plan.together = std::min({1 + share / of_chunk, kMostTogether, ceil_div(a.vocab, plan.chunk)});
   scratch += (plan.together - 1) * of_chunk;
   plan.kept_lanes = plan.panels > 1 ? kPanel : kLanes * vectors_of(a.rows);
   const int64_t size = KeptBlock<Kind>::size(plan.kept_lanes);
@@ -80,6 +85,13 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
   // A cap's derivative wants the logits, a bias float sums over the tokens.
   plan.exact = a.softcap > 0.0f || a.bias;
   plan.kept_blocks = plan.exact ? 0 : plan.kept_blocks;
+
+  plan.rows_alone = plan.together * plan.chunk;
+  if (several) {
+    const int64_t kept = workspace.in_gradient ? 0 : plan.kept_blocks * plan.kept_stride;
+    const int64_t fit = (workspace.limit - kept - packed) / (4 * plan.columns) / kBlock * kBlock;
+    plan.rows_alone = std::clamp(fit, plan.chunk, round_up(a.vocab, kBlock));
+  }
   return plan;
 }
 

@@ -27,12 +27,17 @@ struct Halves {
   uint16_t* row(int64_t r) const { return data + r / 16 * sixteen + r % 16 * stride; }
 };
 
-// n rows of G, rounded to bf16; 0 in the lanes of a vector that are no token's.
+// What tokens are as the depth of a product is whole steps of it: of a tile, no less.
+template <class Kind>
+constexpr int64_t kDepthOfTokens = Made<Kind>::kTiles ? kPanel : Kind::kStep;
+
+// n rows of G, rounded to bf16; 0 in the lanes of a vector, or of a tile's depth, that are no
+// token's.
 template <class Kind>
 void round_rows(float* z, int n, int64_t tokens, const Halves& to) {
-  for (int64_t at = 0; at < tokens; at += kLanes) {
+  for (int64_t at = 0; at < round_up(tokens, kDepthOfTokens<Kind>); at += kLanes) {
     for (int r = 0; tokens - at < kLanes && r < n; ++r) {
-      std::fill(z + r * kPanel + tokens, z + r * kPanel + at + kLanes, 0.0f);
+      std::fill(z + r * kPanel + std::max(tokens, at), z + r * kPanel + at + kLanes, 0.0f);
     }
     for (int r = 0; r < n; ++r) {
       Kind::keep(load(z + r * kPanel + at), to.row(r) + at);
@@ -170,8 +175,10 @@ class WeightSums {
     for (int64_t h = h0; h < h1; h += kPanel) {
       const Element* panel = weight(chunk) + h * chunk_ / Kind::kStep;
       if constexpr (kOnto) {
-        Nothing nothing;
-        multiply_beside(Kind(), blocks, n, steps, panel, kVectors, sums.at(h, t0), nothing, true);
+        const int64_t next = h + kPanel < h1 ? n * kPanel * 4 : 0;
+        Fetching fetching(reinterpret_cast<const char*>(sums.at(h + kPanel, t0)), next,
+                          tile_steps(n, steps));
+        multiply_beside(Kind(), blocks, n, steps, panel, kVectors, sums.at(h, t0), fetching, true);
       } else {
         multiply_blocks<Kind>(blocks, n, steps, panel, kVectors, c.get());
         for (int64_t r = 0; r < n; ++r) {
