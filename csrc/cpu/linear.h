@@ -220,15 +220,23 @@ class Tokens : public TokenRange {
   Buffer<Element> packed_;
 };
 
-// All tokens, or rounds of one length, for each of which the whole weight passes.
+template <class Kind>
+int64_t most_at_once(const LinearArgs& a) {
+  const int64_t bytes = round_up(a.width, Kind::kStep) * 4 / Kind::kStep;
+  return std::clamp<int64_t>(kTokenBytes / bytes / kPanel * kPanel, kPanel, kTokens);
+}
+
+// Of rounds of one length, for each of which the whole weight passes.
+template <class Kind>
+int64_t tokens_of_round(const LinearArgs& a) {
+  const int64_t rounds = ceil_div(a.rows, most_at_once<Kind>(a));
+  return rounds > 1 ? round_up(ceil_div(a.rows, rounds), kPanel) : a.rows;
+}
+
+// All of two rounds' of pairs: better than another pass.
 template <class Kind>
 int64_t tokens_at_once(const LinearArgs& a) {
-  const int64_t bytes = round_up(a.width, Kind::kStep) * 4 / Kind::kStep;
-  const int64_t fit = std::clamp<int64_t>(kTokenBytes / bytes / kPanel * kPanel, kPanel, kTokens);
-  if (a.rows <= Kind::kStep * fit) {
-    return a.rows;
-  }
-  return round_up(ceil_div(a.rows, ceil_div(a.rows, fit)), kPanel);
+  return a.rows <= Kind::kStep * most_at_once<Kind>(a) ? a.rows : tokens_of_round<Kind>(a);
 }
 
 // As many as have enough to multiply: two million products take some tens of microseconds, as does

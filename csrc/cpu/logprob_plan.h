@@ -27,6 +27,7 @@ struct Plan {
   int64_t kept_blocks;       // of the vocabulary
   bool few;                  // tokens for walk_few
   bool one_walk;             // grad_hidden and grad_weight together
+  bool fits;                 // all sums in the workspace
   bool exact;                // exponentials are not rounded as if they had been kept
 
   template <class Kind>
@@ -41,12 +42,13 @@ struct Plan {
 };
 
 template <class Kind>
-Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
+Plan make_plan(const LinearArgs& a, const Workspace& workspace, int64_t capacity) {
   Plan plan;
-  plan.capacity = tokens_at_once<Kind>(a);
+  plan.capacity = capacity;
   plan.padded = round_up(plan.capacity, kPanel);
-  const int64_t ranges = ceil_div(plan.padded, kTokens);
-  plan.range = round_up(ceil_div(plan.padded, ranges), kPanel);
+  // Tiles go on with sums; others add a range's, and ranges are what rounds would be.
+  const int64_t of_tiles = ceil_div(plan.padded, ceil_div(plan.padded, kTokens));
+  plan.range = round_up(Made<Kind>::kTiles ? of_tiles : tokens_of_round<Kind>(a), kPanel);
   plan.g_stride = plan.range + 16 * Kind::kStep;
   plan.columns = round_up(a.width, kPanel);
   plan.chunk = std::min(rows_together(a.width), round_up(a.vocab, kBlock));
@@ -54,15 +56,23 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
 
   const bool several = a.rows > plan.capacity, floats = a.hidden_type == Float::f32;
   plan.few = Kind::kStep == 1 && a.rows <= kFew && !several;
-  const int64_t of_chunk = WeightSums<Kind>::size(a, plan.padded, plan.chunk) +
-                           (several || ranges > 1 ? 4 * plan.chunk * plan.columns : 0);
+  const int64_t all_sums = floats ? 0 : 4 * a.rows * plan.columns;
   // G by row is one block's for each thread: as much as a chunk's for 8 or 16 of them. What more
   // threads take is not counted, as forward and backward may have other numbers of them.
-  const int64_t packed =
-      8 * plan.padded * plan.columns / Kind::kStep + 4 * plan.chunk * plan.g_stride / Kind::kStep;
+  const int64_t by_row = 4 * plan.g_stride / Kind::kStep;
+  const int64_t of_row =
+      WeightSums<Kind>::size(a, plan.padded, 1) + (a.rows > plan.range ? 4 * plan.columns : 0);
+  int64_t packed = 8 * plan.padded * plan.columns / Kind::kStep;
+  if (Made<Kind>::kTiles) {
+    constexpr int64_t kLeast = 2 * kBlock;
+    const int64_t fit = (workspace.limit - packed - all_sums) / (by_row + of_row);
+    plan.chunk = std::min(plan.chunk, std::max(fit / kLeast * kLeast, kLeast));
+  }
+  const int64_t of_chunk = plan.chunk * of_row;
+  packed += plan.chunk * by_row;
   int64_t scratch = packed + (plan.few ? std::max(of_chunk, kFewSums) : of_chunk);
-  const int64_t all_sums = floats ? 0 : 4 * a.rows * plan.columns;
-  plan.one_walk = scratch + all_sums <= workspace.limit || !several;
+  plan.fits = scratch + all_sums <= workspace.limit;
+  plan.one_walk = plan.fits || !several;
   const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * plan.columns;
 
   const int64_t free = std::max<int64_t>(workspace.limit - scratch - sums, 0);
@@ -93,6 +103,13 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
     plan.rows_alone = std::clamp(fit, plan.chunk, round_up(a.vocab, kBlock));
   }
   return plan;
+}
+
+// All tokens in one round, if there is room, or in several.
+template <class Kind>
+Plan make_plan(const LinearArgs& a, const Workspace& workspace) {
+  const Plan plan = make_plan<Kind>(a, workspace, tokens_at_once<Kind>(a));
+  return plan.fits ? plan : make_plan<Kind>(a, workspace, tokens_of_round<Kind>(a));
 }
 
 }  // namespace
