@@ -89,16 +89,22 @@ def test_log_probs_equal_the_trainers(family):
 
 
 @pytest.mark.parametrize(
-    "dtype, scheme", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8")]
+    "family, dtype, scheme",
+    [
+        ("gemma2", torch.float32, None),
+        ("gemma2", torch.bfloat16, None),
+        ("qwen2", torch.bfloat16, None),
+        ("gemma2", torch.float32, "int8"),
+    ],
 )
-def test_a_rows_bits_are_its_own(dtype, scheme):
-    model = tiny_model("gemma2", dtype)
+def test_a_rows_bits_are_its_own(family, dtype, scheme):
+    model = tiny_model(family, dtype)
     texts = prompts(260, 3, 33)
 
-    def run(texts, size, **changes):
+    def run(texts, size, first_row=0, **changes):
         options = {"max_new_tokens": 70, "seed": 5, "top_k": 20} | FREE | changes
         engine = native_engine(model, scheme=scheme)
-        out = engine.generate(texts, size, SamplingParams(**options))
+        out = engine.generate(texts, size, SamplingParams(**options), first_row=first_row)
         return out.completion_ids, out.logprobs
 
     def same(a, b):
@@ -110,6 +116,7 @@ def test_a_rows_bits_are_its_own(dtype, scheme):
         assert same(run(texts, 30), whole)
     assert same(run(texts[:1], 7), [x[:7] for x in whole])
     assert same(run([texts[0]] * 7, 1), [x[:7] for x in whole])
+    assert same(run(texts[2:], 7, first_row=60), [x[60:67] for x in whole])
     # Others end early, and the rows of one prompt have fewer and fewer neighbours.
     ids, logprobs = run(texts, 30, ignore_eos=False, eos_token_id=tuple(range(2, 8)))
     until = torch.isin(whole[0], torch.arange(2, 8)).cummax(1).values.roll(1, 1)

@@ -140,7 +140,7 @@ def same(a, b):
 def test_a_rows_bits_are_its_own(sizes, dtype):
     """Layers that a core takes whole, and larger ones whose products threads share."""
     model = adapted("gemma2", dtype, sizes=sizes | {"num_hidden_layers": 2}, r=9)
-    texts = prompts(100, 3, 33)
+    texts = prompts(300, 3, 33)
     whole = run(model, texts, 30)
     threads = torch.get_num_threads()
     try:

@@ -59,14 +59,18 @@ class Operand<Int8> {
 template <>
 class BlockProduct<Int8> {
  public:
+  static constexpr bool kTiles = false;
+
   explicit BlockProduct(const DecodeMatrix& w) : w_(w), bias_(w) {}
 
-  void take(int64_t r0, int n) {
+  void take(int64_t r0, int n, char*) {
     r0_ = r0;
     n_ = n;
   }
 
-  void with(const BytePanel& panel, float* z) const {
+  bool exact() const { return false; }
+
+  void with(const BytePanel& panel, float* z, bool) const {
     multiply_int8(w_.weight, w_.stride, w_.int8, r0_, n_, w_.depth, panel, z);
     bias_.add(r0_, n_, panel.vectors, z);
   }

@@ -147,28 +147,33 @@ class Decoder {
     });
   }
 
+  // Of weights with so many rows of `depth` numbers.
+  BlockTasks tasks_of(int64_t rows, int64_t depth) const {
+    return {lanes_, rows, BlockProduct<Kind>::kTiles ? depth * 2 : 0, threads_};
+  }
+
   float* low(int64_t slot) const { return low_.get() + slot * slot_; }
 
   // y_ = q, k and v of input_, one after the other.
   void project(const DecodeLayer& layer) {
     reduce({&layer.q, &layer.k, &layer.v}, input_);
     const DecodeLinear* weights[] = {&layer.q, &layer.k, &layer.v};
-    const BlockTasks tasks[] = {{lanes_, layer.q.rows, threads_},
-                                {lanes_, layer.k.rows, threads_},
-                                {lanes_, layer.v.rows, threads_}};
+    const BlockTasks tasks[] = {tasks_of(layer.q.rows, m_.width), tasks_of(layer.k.rows, m_.width),
+                                tasks_of(layer.v.rows, m_.width)};
     const int64_t q = tasks[0].count(), k = q + tasks[1].count(), v = k + tasks[2].count();
     parallel_for(v, threads_, [&](int64_t task) {
       const int which = task < q ? 0 : task < k ? 1 : 2;
       const int64_t before[] = {0, q, k};
       const int64_t first[] = {0, layer.q.rows, layer.q.rows + layer.k.rows};
       LinearProduct<Kind> product(*weights[which], low(which));
-      alignas(64) float z[kBlock * kPanel];
+      alignas(64) float z[kRowsTogether * kPanel];
+      Buffer<char> copy(tasks[which].copy);
       tasks[which].run(
-          task - before[which], [&](int64_t r0, int n) { product.take(r0, n); },
+          task - before[which], [&](int64_t r0, int n) { product.take(r0, n, copy.get()); },
           [&](int64_t r0, int n, int64_t p) {
-            product.with(input_.panel(p, m_.width), p, z);
             float* to = y_.get() + (p * projected_ + first[which] + r0) * kPanel;
-            for (int r = 0; r < n; ++r) {
+            product.with(input_.panel(p, m_.width), p, product.exact() ? to : z);
+            for (int r = 0; !product.exact() && r < n; ++r) {
               for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
                 store(to + r * kPanel + j, load(z + r * kPanel + j));
               }
@@ -260,17 +265,19 @@ class Decoder {
   // x_ += norm(weight from), or without a norm.
   void add(const DecodeLinear& w, const Operand<Kind>& from, const void* norm) {
     reduce({&w}, from);
-    const BlockTasks tasks(lanes_, w.rows, threads_);
+    const BlockTasks tasks = tasks_of(w.rows, w.depth);
     float* const sum = norm ? y_.get() : x_.get();
     parallel_for(tasks.count(), threads_, [&](int64_t task) {
       LinearProduct<Kind> product(w, low(0));
-      alignas(64) float z[kBlock * kPanel];
+      alignas(64) float z[kRowsTogether * kPanel];
+      Buffer<char> copy(tasks.copy);
       tasks.run(
-          task, [&](int64_t r0, int n) { product.take(r0, n); },
+          task, [&](int64_t r0, int n) { product.take(r0, n, copy.get()); },
           [&](int64_t r0, int n, int64_t p) {
-            product.with(from.panel(p, w.depth), p, z);
             float* to = sum + (p * m_.width + r0) * kPanel;
-            for (int r = 0; r < n; ++r) {
+            const bool exact = product.exact();
+            product.with(from.panel(p, w.depth), p, exact ? to : z, exact && !norm);
+            for (int r = 0; !exact && r < n; ++r) {
               for (int j = 0; j < lanes_.vectors(p) * kLanes; j += kLanes) {
                 const Vec y = load(z + r * kPanel + j);
                 store(to + r * kPanel + j, norm ? y : load(to + r * kPanel + j) + y);
@@ -294,15 +301,17 @@ class Decoder {
   // gated_ = act(gate input_) * up input_
   void gate(const DecodeLayer& layer) {
     reduce({&layer.gate, &layer.up}, input_);
-    const BlockTasks tasks(lanes_, inner_, threads_);
+    const BlockTasks tasks = tasks_of(inner_, 2 * m_.width);
     parallel_for(tasks.count(), threads_, [&](int64_t task) {
       LinearProduct<Kind> gate(layer.gate, low(0)), up(layer.up, low(1));
-      alignas(64) float g[kBlock * kPanel], u[kBlock * kPanel];
+      alignas(64) float g[kRowsTogether * kPanel], u[kRowsTogether * kPanel];
+      Buffer<char> copy(tasks.copy);
+      char* const of_up = copy.get() ? copy.get() + tasks.copy / 2 : nullptr;
       tasks.run(
           task,
           [&](int64_t r0, int n) {
-            gate.take(r0, n);
-            up.take(r0, n);
+            gate.take(r0, n, copy.get());
+            up.take(r0, n, of_up);
           },
           [&](int64_t r0, int n, int64_t p) {
             const auto from = input_.panel(p, m_.width);

@@ -154,21 +154,55 @@ class Bias {
   const Parameters bias_;
 };
 
+// Blocks of rows that are taken together where they are copied.
+#ifdef FASTRL_TILES
+constexpr int kBlocksTogether = 4;
+#else
+constexpr int kBlocksTogether = 1;
+#endif
+constexpr int kRowsTogether = kBlocksTogether * kBlock;
+
 // A block of rows of a matrix times a panel, z[kBlock, kPanel], of which no more is written than
-// there are rows where the panel does not say how many tokens it has.
+// there are rows where the panel does not say how many tokens it has. With tiles, where many panels
+// follow, several blocks, whose rows are copied tile by tile.
 template <class Kind>
 class BlockProduct {
  public:
+  static constexpr bool kTiles = Made<Kind>::kTiles && Kind::kBytes == 4;
+
   explicit BlockProduct(const DecodeMatrix& w) : w_(w), bias_(w) {}
 
-  void take(int64_t r0, int n) {
+  void take(int64_t r0, int n, [[maybe_unused]] char* copy = nullptr) {
     r0_ = r0;
     n_ = n;
+    if constexpr (kTiles) {
+      copied_ = copy;
+      for (int r = 0; copied_ && r < n; r += kBlock) {
+        copy_block(r, std::min(kBlock, n - r), reinterpret_cast<typename Kind::Element*>(copy));
+      }
+    }
   }
 
-  void with(const PanelView<typename Kind::Element>& panel, float* z) const {
+  // Whether no more is written than the rows taken, and sums can go on in z: for all blocks of a
+  // matrix or none, so that a row's bits do not depend on how threads share them.
+  bool exact() const { return kTiles && w_.rows % 16 == 0; }
+
+  // z = the product, or, where that is exact, `onto` what z has.
+  void with(const PanelView<typename Kind::Element>& panel, float* z,
+            [[maybe_unused]] bool onto = false) const {
     const int64_t stride = w_.stride * bytes(w_.type);
     const EvenRows rows = {static_cast<const char*>(w_.weight) + r0_ * stride, stride};
+#ifdef FASTRL_TILES
+    if constexpr (kTiles) {
+      const int64_t steps = w_.depth / Kind::kStep;
+      if (copied_) {
+        multiply_blocks<Kind>(blocks_, n_, steps, panel.data, panel.vectors, z, onto);
+      } else {
+        stream_tiles<Kind>(rows, n_, steps, panel, z, onto);
+      }
+      return bias_.add(r0_, n_, panel.vectors, z);
+    }
+#endif
     if constexpr (std::is_same_v<Kind, Floats>) {
       if (panel.vectors == 1) {
         multiply_few(rows, w_.type, n_, w_.depth, panel, z);
@@ -180,10 +214,22 @@ class BlockProduct {
   }
 
  private:
+  void copy_block(int r0, int n, typename Kind::Element* to) {
+    const int64_t stride = w_.stride * bytes(w_.type), steps = w_.depth / Kind::kStep;
+    const Made<Kind> made{round_up(steps, 16)};
+    const char* from = static_cast<const char*>(w_.weight) + (r0_ + r0) * stride;
+    for (int r = 0; r < n; ++r) {
+      copy_to_tiles(made, r0 + r, from + r * stride, steps, to);
+    }
+    blocks_[r0 / kBlock] = made.rows(to, r0, n);
+  }
+
   const DecodeMatrix& w_;
   const Bias bias_;
   int64_t r0_ = 0;
   int n_ = 0;
+  bool copied_ = false;
+  Rows blocks_[kTiles ? kBlocksTogether : 1];
 };
 
 // The same of a linear with its adapters; `low` is what these reduced the panels to.
@@ -196,23 +242,21 @@ class LinearProduct {
     }
   }
 
-  void take(int64_t r0, int n) {
+  void take(int64_t r0, int n, char* copy) {
+    r0_ = r0;
     n_ = n;
-    base_.take(r0, n);
-    for (Addend& addend : addends_) {
-      addend.product.take(r0, n);
-    }
+    base_.take(r0, n, copy);
   }
 
-  void with(const typename Operand<Kind>::Panel& panel, int64_t p, float* z) const {
-    base_.with(panel, z);
+  bool exact() const { return base_.exact(); }
+
+  void with(const typename Operand<Kind>::Panel& panel, int64_t p, float* z, bool onto = false) {
+    base_.with(panel, z, onto);
     const float* low = low_ + p * rank_ * kPanel;
-    for (const Addend& addend : addends_) {
-      alignas(64) float y[kBlock * kPanel];
-      addend.product.with({low, kPanel, panel.vectors}, y);
-      const float scaling = addend.adapter.scaling;
-      each_vector(n_, panel.vectors,
-                  [&](int, int at) { store(z + at, load(z + at) + load(y + at) * scaling); });
+    for (Addend& addend : addends_) {
+      for (int r = 0; r < n_; r += kBlock) {
+        add(addend, low, panel.vectors, r, z + r * kPanel);
+      }
       low += addend.adapter.a.rows * kPanel;
     }
   }
@@ -224,10 +268,22 @@ class LinearProduct {
     BlockProduct<Floats> product;
   };
 
+  // To the block of rows from the r-th on.
+  void add(Addend& addend, const float* low, int vectors, int r, float* z) const {
+    alignas(64) float y[kBlock * kPanel];
+    const int n = std::min(kBlock, n_ - r);
+    addend.product.take(r0_ + r, n);
+    addend.product.with({low, kPanel, vectors}, y);
+    const float scaling = addend.adapter.scaling;
+    each_vector(n, vectors,
+                [&](int, int at) { store(z + at, load(z + at) + load(y + at) * scaling); });
+  }
+
   const float* low_;  // [panel][rank][kPanel], one adapter after the other
   const int64_t rank_;
   BlockProduct<Kind> base_;
   std::list<Addend> addends_;
+  int64_t r0_ = 0;
   int n_ = 0;
 };
 
@@ -241,8 +297,17 @@ constexpr int64_t kWholeTiles = kBlock, kTasks = 4;
 // Runs over blocks of `rows` rows of a weight and panels: task(first row, rows, first panel,
 // panels) gets a few of each. Which ones a task takes changes who computes, not what.
 struct BlockTasks {
-  BlockTasks(const Lanes& lanes, int64_t rows, int threads) : rows(rows), panels(lanes.panels()) {
+  // Rows have so many bytes where BlockProduct can copy them, or 0.
+  BlockTasks(const Lanes& lanes, int64_t rows, int64_t bytes, int threads)
+      : rows(rows), panels(lanes.panels()) {
     per_range = round_up(ceil_div(rows, kTasks * threads), kWholeTiles);
+    if (bytes > 0 && panels >= kWorthTiling) {
+      constexpr int64_t kBytes = 3 << 18;  // that stay in L2 while the panels pass
+      block = std::clamp<int64_t>(kBytes / bytes / kBlock, 1, kBlocksTogether) * kBlock;
+      const int64_t share = round_up(ceil_div(rows, 2 * threads), kWholeTiles);
+      per_range = std::max(per_range, std::min<int64_t>(kBlock, share));
+      copy = block * round_up(bytes, 64);
+    }
     ranges = ceil_div(rows, per_range);
     groups = std::min(panels, ceil_div(4 * threads, ranges));
     per_group = ceil_div(panels, groups);
@@ -253,8 +318,8 @@ struct BlockTasks {
   void run(int64_t task, const Take& take, const With& with) const {
     const int64_t p0 = task % groups * per_group, range = task / groups;
     const int64_t end = std::min((range + 1) * per_range, rows);
-    for (int64_t r0 = range * per_range; r0 < end; r0 += kBlock) {
-      const int n = static_cast<int>(std::min<int64_t>(kBlock, end - r0));
+    for (int64_t r0 = range * per_range; r0 < end; r0 += block) {
+      const int n = static_cast<int>(std::min<int64_t>(block, end - r0));
       take(r0, n);
       for (int64_t p = p0; p < std::min(p0 + per_group, panels); ++p) {
         with(r0, n, p);
@@ -263,6 +328,8 @@ struct BlockTasks {
   }
 
   int64_t rows, panels, groups, per_group, per_range, ranges;
+  int64_t block = kBlock;  // rows at a time
+  int64_t copy = 0;        // bytes of them, where they are copied
 };
 
 // Runs task(begin, end) over [0, count) in a few ranges, each of which can keep its scratch.

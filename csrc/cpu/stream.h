@@ -44,6 +44,27 @@ void stream_words(const EvenRows& a, int rows, int64_t steps, const PanelView<ui
 
 namespace {
 
+#ifdef FASTRL_TILES
+// So few rows at a time that they are read from end to end; `onto` what C has.
+template <class Kind>
+void stream_tiles(const EvenRows& a, int rows, int64_t steps, const PanelView<uint32_t>& panel,
+                  typename Kind::Sum* c, bool onto = false) {
+  constexpr int kTogether = 32;
+  Nothing nothing;
+  for (int r0 = 0; r0 < rows; r0 += kTogether) {
+    const int n = std::min(kTogether, rows - r0);
+    Rows some;
+    some.data = a.data + r0 * a.stride;
+    some.stride = 4;
+    for (int r = 0; r < kBlock; ++r) {
+      some.row[r] = std::min(r, n - 1) * a.stride;
+    }
+    multiply_beside(Kind(), &some, n, steps, panel.data, panel.vectors, c + r0 * kPanel, nothing,
+                    onto);
+  }
+}
+#endif
+
 template <class Kind>
 inline void multiply_streamed(const EvenRows& a, Float type, int rows, int64_t steps,
                               const PanelView<typename Kind::Element>& panel, float* c) {
