@@ -63,17 +63,21 @@ Plan make_plan(const LinearArgs& a, const Workspace& workspace, int64_t capacity
   const int64_t of_row =
       WeightSums<Kind>::size(a, plan.padded, 1) + (a.rows > plan.range ? 4 * plan.columns : 0);
   int64_t packed = 8 * plan.padded * plan.columns / Kind::kStep;
+  const int64_t rounds_sums = floats ? 0 : 4 * plan.capacity * plan.columns;
   if (Made<Kind>::kTiles) {
     constexpr int64_t kLeast = 2 * kBlock;
-    const int64_t fit = (workspace.limit - packed - all_sums) / (by_row + of_row);
-    plan.chunk = std::min(plan.chunk, std::max(fit / kLeast * kLeast, kLeast));
+    const auto fit = [&](int64_t sums) {
+      return (workspace.limit - packed - sums) / (by_row + of_row) / kLeast * kLeast;
+    };
+    const int64_t most = fit(all_sums) > 0 ? fit(all_sums) : std::max(fit(rounds_sums), kLeast);
+    plan.chunk = std::min(plan.chunk, most);
   }
   const int64_t of_chunk = plan.chunk * of_row;
   packed += plan.chunk * by_row;
   int64_t scratch = packed + (plan.few ? std::max(of_chunk, kFewSums) : of_chunk);
   plan.fits = scratch + all_sums <= workspace.limit;
   plan.one_walk = plan.fits || !several;
-  const int64_t sums = plan.one_walk || floats ? all_sums : 4 * plan.capacity * plan.columns;
+  const int64_t sums = plan.one_walk ? all_sums : rounds_sums;
 
   const int64_t free = std::max<int64_t>(workspace.limit - scratch - sums, 0);
   const int64_t share = several ? free : free / 3;  // of many tokens few would be kept
