@@ -272,7 +272,7 @@ def test_every_instruction_set():
         "for family in ('llama', 'gemma2'):\n"
         "    t.test_hidden_states_equal_the_rounded_forward(family, t.torch.float32)\n"
         "t.test_hidden_states_equal_the_rounded_forward('qwen2', t.torch.bfloat16)\n"
-        "bits(t.torch.float32, 'int8')\n"
+        "bits('gemma2', t.torch.float32, 'int8')\n"
         "print('as it should be')"
     )
     for isa in native.module().cpu_isas():
