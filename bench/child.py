@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -95,7 +96,7 @@ def race_at(task: dict, emit: Emit) -> None:
             if mode in variant.without:
                 continue
             calls[name] = partial(
-                _once, race, variant, inputs, mode, device, task.get("cpu_time", False), emit, name
+                _once, race, variant, inputs, mode, device, task, partial(emit, started=name)
             )
             each = calls[name]()  # what it loads or compiles does not count
             if each < share or variant.compiled:
@@ -104,7 +105,7 @@ def race_at(task: dict, emit: Emit) -> None:
                 rounds[name] = max(LEAST_ROUNDS, min(task["rounds"], int(share / each)))
             else:  # beside the seconds that a call takes, what it loads is little
                 rounds[name], once[name] = 0, measure.statistics_of([each])
-        times = once | measure.take_turns(calls, rounds, task["pause"])
+        times = once | measure.take_turns(calls, rounds)
         for name, of in times.items():
             best[name][mode] = of["best"]
         emit(mode=mode, times=times)
@@ -112,10 +113,16 @@ def race_at(task: dict, emit: Emit) -> None:
         emit(figures=race.figures(variant, inputs, shape, best[name]), of=name)
 
 
-def _once(race, variant, inputs, mode, device, cpu_time, emit, name) -> float:
-    emit(started=name)
+def _once(race, variant, inputs, mode, device, task, announce) -> float:
+    """Seconds of a call, some after the one before and after the parent knows of it.
+
+    OpenMP's threads spin for some milliseconds when their work is done, and the parent's wake up to
+    read: both would take cores from the call.
+    """
+    announce()
     call = race.call(variant, race.before(variant, inputs, mode), mode)
-    return measure.seconds(call, device, cpu_time)
+    time.sleep(task["pause"])
+    return measure.seconds(call, device, task.get("cpu_time", False))
 
 
 def facts(task: dict, emit: Emit) -> None:

@@ -38,21 +38,18 @@ def seconds(call: Callable[[], Any], device: torch.device, cpu_time: bool = Fals
 
 
 def take_turns(
-    calls: dict[str, Callable[[], float]], rounds: dict[str, int], pause: float = 0.0
+    calls: dict[str, Callable[[], float]], rounds: dict[str, int]
 ) -> dict[str, dict[str, float]]:
     """Statistics of what each call returns (seconds) in its number of rounds.
 
     Every round makes each call once, so that a disturbance hits all of them, in an order of its
-    own, so that what a call leaves in the caches does. Each comes ``pause`` seconds after the one
-    before: OpenMP's threads spin for some milliseconds when their work is done and would take the
-    cores from whatever does not use OpenMP.
+    own, so that what a call leaves in the caches does.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     shuffle = random.Random(0)
     for turn in range(max(rounds.values(), default=0)):
         for name in shuffle.sample(list(calls), len(calls)):
             if turn < rounds[name]:
-                time.sleep(pause)
                 times[name].append(calls[name]())
     return {name: statistics_of(t) for name, t in times.items() if t}
 

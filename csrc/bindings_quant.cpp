@@ -90,16 +90,11 @@ PoolScoreArgs pool_score_args(int64_t rows, int64_t width, int64_t heads, Float 
           pointer<float>(score)};
 }
 
-QuantLinearArgs quant_linear_args(int64_t rows, Address x, Address x_scale,
+QuantLinearArgs quant_linear_args(int64_t rows, Address x, Float x_type, Address x_scale,
                                   const QuantWeight& weight, Address bias, Float out_type,
                                   Address out) {
-  return {rows,
-          pointer<const void>(x),
-          pointer<const float>(x_scale),
-          weight,
-          pointer<const float>(bias),
-          out_type,
-          pointer<void>(out)};
+  return {rows,   pointer<const void>(x),     x_type,   pointer<const float>(x_scale),
+          weight, pointer<const float>(bias), out_type, pointer<void>(out)};
 }
 
 DequantizeArgs dequantize_args(const QuantWeight& weight, Float out_type, Address out) {

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -239,6 +240,30 @@ def test_a_forked_child_computes():
         "    torch.set_num_threads(1)  # torch's own pool does not survive, as in a DataLoader\n"
         "    os._exit(0 if all(map(torch.equal, want, run('gae', case, 'cpu'))) else 7)\n"
         "assert os.waitpid(child, 0)[1] == 0"
+    )
+
+
+@needs_cpu_kernel
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two cores and Linux's affinities",
+)
+def test_workers_run_beside_the_caller_and_not_on_its_core():
+    run_python(
+        "import os\n"
+        "from test_scan import *\n"
+        "native.threads = lambda: 2\n"
+        "case, allowed = draw(333, 1000), os.sched_getaffinity(0)\n"
+        "before = set(os.listdir('/proc/self/task'))\n"
+        "for core in sorted(allowed)[:2]:\n"
+        "    os.sched_setaffinity(0, {core})\n"
+        "    run('gae', case, 'cpu')  # no other core is left: workers stay\n"
+        "    os.sched_setaffinity(0, allowed)\n"
+        "    run('gae', case, 'cpu')\n"
+        "    workers = set(os.listdir('/proc/self/task')) - before\n"
+        "    [place] = (os.sched_getaffinity(int(worker)) for worker in workers)\n"
+        "    assert place < allowed and len(allowed - place) == 1\n"
+        "assert os.sched_getaffinity(0) == allowed"
     )
 
 

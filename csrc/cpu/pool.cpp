@@ -1,6 +1,9 @@
 #include "pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -9,6 +12,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -72,6 +76,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       open_seats_ = threads - 1;
       hire(open_seats_);
+      keep_off_this_core();
       tasks_ = &tasks;
       round_.fetch_add(1, std::memory_order_release);
     }
@@ -89,12 +94,36 @@ class Pool {
  private:
   void hire(int wanted) {
     try {
-      for (; workers_ < wanted; ++workers_) {
-        std::thread(&Pool::work, this).detach();
+      while (static_cast<int>(workers_.size()) < wanted) {
+        std::thread worker(&Pool::work, this);
+        workers_.push_back(worker.native_handle());
+        worker.detach();
+        kept_off_ = -1;
       }
     } catch (const std::system_error&) {
       // The process may have no more threads: the work gets done with those there are.
     }
+  }
+
+  // Workers may run wherever the caller may, but where it does: the kernel of a virtual machine can
+  // take a core at rest for one that the host has taken away, and then queues a worker that wakes
+  // up behind the caller, for milliseconds.
+  void keep_off_this_core() {
+#if defined(__linux__)
+    const int here = sched_getcpu();
+    cpu_set_t others;
+    if (here == kept_off_ || here < 0 || here >= CPU_SETSIZE ||
+        sched_getaffinity(0, sizeof others, &others) != 0) {
+      return;
+    }
+    kept_off_ = here;
+    CPU_CLR(here, &others);
+    for (const pthread_t worker : workers_) {
+      if (CPU_COUNT(&others) > 0) {
+        pthread_setaffinity_np(worker, sizeof others, &others);
+      }
+    }
+#endif
   }
 
   void work() {
@@ -120,7 +149,8 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  int workers_ = 0;
+  std::vector<pthread_t> workers_;
+  int kept_off_ = -1;  // the core that workers may not run on
   std::atomic<uint64_t> round_{0};
   Tasks* tasks_ = nullptr;
   int open_seats_ = 0;

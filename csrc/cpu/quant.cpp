@@ -45,10 +45,6 @@ void for_rows(int64_t rows, int64_t width, int buffers, int threads, const Work&
   });
 }
 
-const char* row_of(const void* data, Float type, int64_t width, int64_t r) {
-  return static_cast<const char*>(data) + r * width * bytes(type);
-}
-
 // g / (1 + e^-g), or with GELU's tanh written as an exponential g / (1 + e^(-2 u)).
 template <bool Gelu>
 Vec gate(Vec g) {
@@ -212,6 +208,15 @@ void multiply_in_tiles(const QuantLinearArgs& a, int threads) {
 }
 #endif
 
+void quantize_first(QuantLinearArgs a, int threads) {
+  const Buffer<int8_t> x(a.rows * a.weight.columns);
+  const Buffer<float> scale(a.rows);
+  quantize_rows({a.rows, a.weight.columns, a.x_type, a.x, x.get(), scale.get(), nullptr}, threads);
+  a.x = x.get();
+  a.x_scale = scale.get();
+  quantized_linear(a, threads);
+}
+
 }  // namespace
 
 void quantize_rows(const QuantRowsArgs& a, int threads) {
@@ -270,6 +275,17 @@ void pool_score(const PoolScoreArgs& a, int threads) {
 }
 
 void quantized_linear(const QuantLinearArgs& a, int threads) {
+  if (a.rows == 0) {
+    return;
+  }
+#ifdef FASTRL_TILES
+  if (a.rows >= kManyTokens) {
+    return multiply_in_tiles(a, threads);
+  }
+#endif
+  if (!a.x_scale) {
+    return quantize_first(a, threads);
+  }
   const int64_t width = a.weight.columns, all = words(width), group = kTogether * kPanel;
   const int64_t most = std::max<int64_t>(kPackedBytes / (all * 4) / group, 1) * group;
   const int64_t chunk = std::min(round_up(a.rows, kPanel), most);
@@ -282,11 +298,6 @@ void quantized_linear(const QuantLinearArgs& a, int threads) {
     return parallel_for(ceil_div(a.weight.rows, block), threads, [&](int64_t b) {
       Block(a, b * block, std::min(block, a.weight.rows - b * block)).multiply(x.get());
     });
-  }
-#endif
-#ifdef FASTRL_TILES
-  if (a.rows >= kManyTokens) {
-    return multiply_in_tiles(a, threads);
   }
 #endif
   const Buffer<uint32_t> packed(chunk * all);

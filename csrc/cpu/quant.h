@@ -64,8 +64,9 @@ struct PoolScoreArgs {
 // out[m, n] = (sum_k x[m, k] w[n, k] * x_scale[m]) * w.scale[n] + bias[n].
 struct QuantLinearArgs {
   int64_t rows;
-  const void* x;         // int8; for products in floats bf16 (scale null) or e4m3
-  const float* x_scale;  // [rows]
+  const void* x;         // with scales int8, or e4m3 for products in floats; else floats
+  Float x_type;          // of floats; bf16 for products in floats
+  const float* x_scale;  // [rows] or null
   QuantWeight weight;
   const float* bias;  // [n] or null
   Float out_type;

@@ -18,6 +18,10 @@ constexpr float kRounder = 12582912.0f;
 
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
+inline const char* row_of(const void* data, Float type, int64_t width, int64_t r) {
+  return static_cast<const char*>(data) + r * width * bytes(type);
+}
+
 // Room for a row that is processed 16 floats at a time; what lies behind the row is 0.
 class RowBuffer {
  public:

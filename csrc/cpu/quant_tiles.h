@@ -35,30 +35,45 @@ struct TiledTasks {
 };
 
 // Some tokens as [token / 32][word / 16][token / 16 % 2][token % 16][16] words: what a product
-// takes one after the other lies so.
+// takes one after the other lies so. Floats are quantized on the way.
 class TokenTiles {
  public:
   TokenTiles(int64_t capacity, int64_t words)
-      : capacity_(capacity), words_(words), tiles_(capacity * words) {}
+      : capacity_(capacity), words_(words), tiles_(capacity * words), scales_(capacity) {}
 
   // From token m on, as many as there is room for.
   void pack(const QuantLinearArgs& a, int64_t m, int threads) const {
-    const int64_t width = a.weight.columns;
-    parallel_for(ceil_div(count(a, m), kGroup), threads, [&](int64_t group) {
-      const int64_t first = m + group * kGroup;
-      auto* const to = reinterpret_cast<int8_t*>(tiles_.get() + group * kGroup * words_);
+    const int64_t width = a.weight.columns, all = count(a, m);
+    parallel_for(ceil_div(all, kGroup), threads, [&](int64_t group) {
+      const RowBuffer floats(a.x_scale ? 0 : width);
+      const Buffer<int8_t> bytes(words_ * 4);
+      std::fill(bytes.get(), bytes.get() + words_ * 4, int8_t{0});
       for (int64_t t = 0; t < kGroup; ++t) {
-        const auto* row = static_cast<const int8_t*>(a.x) + (first + t) * width;
-        const int64_t there = first + t < a.rows ? width : 0;
-        for (int64_t k = 0; k < words_ * 4; k += 64) {
-          int8_t* line = to + k * kGroup + t * 64;
-          const int64_t n = std::clamp<int64_t>(there - k, 0, 64);
-          std::memcpy(line, row + k, n);
-          std::memset(line + n, 0, 64 - n);
+        const int64_t i = group * kGroup + t;
+        const int8_t* row = bytes.get();
+        if (i >= all) {
+          std::fill(bytes.get(), bytes.get() + width, int8_t{0});
+        } else if (a.x_scale) {
+          row = static_cast<const int8_t*>(a.x) + (m + i) * width;
+          scales_.get()[i] = a.x_scale[m + i];
+        } else {
+          to_floats(row_of(a.x, a.x_type, width, m + i), a.x_type, width, floats.get());
+          scales_.get()[i] = quantize_row(floats.get(), width, bytes.get());
+        }
+        auto* line = reinterpret_cast<int8_t*>(tiles_.get() + group * kGroup * words_) + t * 64;
+        int64_t k = 0;
+        for (; k + 64 <= width; k += 64, line += kGroup * 64) {
+          std::memcpy(line, row + k, 64);
+        }
+        if (k < width) {
+          std::memcpy(line, row + k, width - k);
+          std::memset(line + width - k, 0, 64 - (width - k));
         }
       }
     });
   }
+
+  const float* scales(int64_t first) const { return scales_.get() + first; }
 
   int64_t count(const QuantLinearArgs& a, int64_t m) const {
     return std::min(capacity_, a.rows - m);
@@ -79,73 +94,119 @@ class TokenTiles {
  private:
   const int64_t capacity_, words_;
   const Buffer<uint32_t> tiles_;
+  const Buffer<float> scales_;
 };
 
 // A panel's sums [32 tokens][kPanel] on their way to the output, beside the product that comes
 // next.
 class Storing {
  public:
-  Storing(const QuantLinearArgs& a, const int32_t* sums, int64_t n0, int64_t rows)
-      : a_(a), sums_(sums), n0_(n0), rows_(rows) {}
+  Storing(const QuantLinearArgs& a, int64_t n0, int64_t rows)
+      : a_(a), n0_(n0), rows_(rows), past_(is_past(a)) {}
 
-  // The sums of a panel and of `tokens` tokens from m0 on are there.
-  void add(int64_t panel, int64_t m0, int64_t tokens) {
-    panel_ = panel;
-    m0_ = m0;
-    tokens_ = tokens;
+  // The sums of a panel and of `tokens` tokens from m0 on, with these scales, are there.
+  void add(const int32_t* sums, int64_t panel, int64_t m0, const float* x_scale, int64_t tokens) {
+    const int64_t n = n0_ + panel * kPanel, size = bytes(a_.out_type);
+    left_ = {sums, x_scale, x_scale + tokens,
+             static_cast<char*>(a_.out) + (m0 * a_.weight.rows + n) * size};
+    columns_ = std::min<int64_t>(kPanel, rows_ - panel * kPanel);
+    for (int64_t r = 0; r < columns_; r += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, columns_ - r);
+      scale_[r / kLanes] = some_of(a_.weight.scale + n + r, count);
+      bias_[r / kLanes] = a_.bias ? some_of(a_.bias + n + r, count) : Vec{};
+    }
   }
 
-  // Lines that are left, some in every step of a product.
+  // Lines that are left, some in every step of a product: with all that they need in registers.
   struct Run {
-    const Storing* of;
-    int64_t token, end, each;
+    const int32_t* sums;
+    const float *x_scale, *end;
+    char* to;
+    int64_t stride = 0, each = 0;
+    Vec scale[2] = {}, bias[2] = {};
+    bool whole = false, biased = false, bf16 = false, past = false;
+    const Storing* of = nullptr;
 
     __attribute__((always_inline)) void step() {
-      for (int64_t i = 0; i < each && token < end; ++i) {
-        of->store_line(token++);
+      for (int64_t i = 0; i < each && x_scale < end; ++i, sums += kPanel, to += stride) {
+        const float x = *x_scale++;
+        if (!whole) {
+          of->store_some(sums, x, to);
+          continue;
+        }
+        Vec low = (as_floats(sums) * x) * scale[0];
+        Vec high = (as_floats(sums + kLanes) * x) * scale[1];
+        if (biased) {
+          low += bias[0];
+          high += bias[1];
+        }
+        if (bf16) {
+          store_line((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low), to);
+        } else {
+          store_line((__m512i)low, to);
+          store_line((__m512i)high, to + 64);
+        }
       }
+    }
+
+    __attribute__((always_inline)) void store_line(__m512i line, char* at) const {
+      past ? _mm512_stream_si512(reinterpret_cast<__m512i*>(at), line)
+           : _mm512_storeu_si512(at, line);
     }
   };
 
-  Run begin(int64_t steps) { return {this, 0, tokens_, ceil_div(tokens_, steps)}; }
-
-  void end(Run run) {
-    while (run.token < run.end) {
-      run.step();
+  Run begin(int64_t steps) const {
+    Run run = left_;
+    run.stride = a_.weight.rows * bytes(a_.out_type);
+    run.each = ceil_div(run.end - run.x_scale, steps);
+    for (int i = 0; i < 2; ++i) {
+      run.scale[i] = scale_[i];
+      run.bias[i] = bias_[i];
     }
-    tokens_ = 0;
+    run.whole = columns_ == kPanel && a_.out_type != Float::f16;
+    run.biased = a_.bias != nullptr;
+    run.bf16 = a_.out_type == Float::bf16;
+    run.past = past_;
+    run.of = this;
+    return run;
   }
 
-  void finish() { end(begin(1)); }
+  void end(Run run) {
+    while (run.x_scale < run.end) {
+      run.step();
+    }
+    left_ = {};
+  }
+
+  void finish() {
+    end(begin(1));
+    _mm_sfence();
+  }
 
  private:
-  __attribute__((always_inline)) void store_line(int64_t token) const {
-    const int32_t* sums = sums_ + (panel_ * kGroup + token) * kPanel;
-    const int64_t n = n0_ + panel_ * kPanel, left = rows_ - panel_ * kPanel;
-    const float x_scale = a_.x_scale[m0_ + token];
-    const int64_t size = bytes(a_.out_type);
-    char* const to = static_cast<char*>(a_.out) + ((m0_ + token) * a_.weight.rows + n) * size;
-    const auto output = [&](int64_t r, auto load) {
-      const Vec y = (as_floats(sums + r) * x_scale) * load(a_.weight.scale + n + r);
-      return a_.bias ? y + load(a_.bias + n + r) : y;
-    };
-    if (a_.out_type == Float::bf16 && left >= kPanel) {
-      const auto all = [](const float* from) { return load(from); };
-      const auto line = _mm512_cvtne2ps_pbh((__m512)output(kLanes, all), (__m512)output(0, all));
-      std::memcpy(to, &line, sizeof line);
-      return;
-    }
-    for (int64_t r = 0; r < std::min<int64_t>(left, kPanel); r += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, left - r);
-      const Vec y = output(r, [&](const float* from) { return some_of(from, count); });
-      store_as(y, a_.out_type, count, to + r * size);
+  // Whether the output is written past the caches: it is too large to be found there, and whole
+  // lines need not be read first.
+  static bool is_past(const QuantLinearArgs& a) {
+    constexpr int64_t kLarge = 1 << 20;
+    const int64_t stride = a.weight.rows * bytes(a.out_type);
+    return a.rows * stride > kLarge && stride % 64 == 0 &&
+           reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
+  }
+
+  __attribute__((noinline)) void store_some(const int32_t* sums, float x_scale, char* to) const {
+    for (int64_t r = 0; r < columns_; r += kLanes) {
+      const Vec y = (as_floats(sums + r) * x_scale) * scale_[r / kLanes];
+      store_as(a_.bias ? y + bias_[r / kLanes] : y, a_.out_type,
+               std::min<int64_t>(kLanes, columns_ - r), to + r * bytes(a_.out_type));
     }
   }
 
   const QuantLinearArgs& a_;
-  const int32_t* const sums_;
   const int64_t n0_, rows_;
-  int64_t panel_ = 0, m0_ = 0, tokens_ = 0;
+  const bool past_;
+  Run left_ = {};
+  int64_t columns_ = 0;
+  Vec scale_[2] = {}, bias_[2] = {};
 };
 
 // A block of weight rows, as panels.
@@ -165,10 +226,10 @@ class WeightPanels {
 
   void multiply(const TokenTiles& tokens, int64_t m0) {
     const Tiles tiles;
-    Storing storing(a_, sums_.get(), n0_, rows_);
+    Storing storing(a_, n0_, rows_);
     for (int64_t m = 0; m < tokens.count(a_, m0); m += kGroup) {
       const int64_t n = std::min<int64_t>(kGroup, tokens.count(a_, m0) - m);
-      multiply(tokens.rows(m), m0 + m, n, storing);
+      multiply(tokens.rows(m), m0 + m, tokens.scales(m), n, storing);
     }
     storing.finish();
   }
@@ -184,20 +245,23 @@ class WeightPanels {
     }
   }
 
-  void multiply(const Rows& tokens, int64_t m0, int64_t n, Storing& storing) const {
+  // Sums of a panel that is one slice deep are stored before those of the next are made.
+  void multiply(const Rows& tokens, int64_t m0, const float* x_scale, int64_t n,
+                Storing& storing) const {
     const int64_t panels = ceil_div(rows_, kPanel), slices = ceil_div(words_, Fours::kSteps);
     const int64_t each = round_up(ceil_div(words_, slices), 16);
     const auto run = n > 16 ? multiply_tiles<Fours, 2, 2, Storing, true>
                             : multiply_tiles<Fours, 1, 2, Storing, true>;
+    const int64_t apart = slices > 1 ? kPanel * kGroup : 0;
     for (int64_t k = 0; k < words_; k += each) {
       const int64_t count = std::min(each, words_ - k);
       Fetching ahead(tokens.data + (k + count) * 4 * kGroup, count * 4 * kGroup,
                      panels * count / 16);
       for (int64_t p = 0; p < panels; ++p) {
-        run(tokens, 0, k, count, packed_.get() + p * kPanel * words_,
-            sums_.get() + p * kPanel * kGroup, k == 0, ahead, storing);
+        run(tokens, 0, k, count, packed_.get() + p * kPanel * words_, sums_.get() + p * apart,
+            k == 0, ahead, storing);
         if (k + count == words_) {
-          storing.add(p, m0, n);
+          storing.add(sums_.get() + p * apart, p, m0, x_scale, n);
         }
       }
     }

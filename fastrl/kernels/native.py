@@ -162,6 +162,7 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@cache
 def float_kind(dtype: torch.dtype):
     """The same as ``fastrl._C.Float``."""
     return getattr(module().Float, str(dtype).removeprefix("torch."))

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 
@@ -39,8 +40,11 @@ def by_last(name: str, package: str, modules: Mapping[str, str]) -> Callable[...
     ``package`` that ``modules`` names for `impl`.
     """
 
+    @cache
+    def function(impl):
+        return getattr(importlib.import_module(f"{package}.{modules[impl]}"), name)
+
     def run(*arguments):
-        module = importlib.import_module(f"{package}.{modules[arguments[-1]]}")
-        return getattr(module, name)(*arguments[:-1])
+        return function(arguments[-1])(*arguments[:-1])
 
     return run

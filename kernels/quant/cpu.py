@@ -1,6 +1,5 @@
 """The operators of library.py on a CPU: what csrc/cpu/quant.cpp and dequant.cpp are called with."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -87,36 +86,38 @@ def pool_score(hidden, last, norm_weight, head, bias, eps, weight_offset) -> Ten
 
 def stored_weight(w: QuantizedWeight):
     """The same as `fastrl._C.quant_weight`, and the tensors it points into."""
+    return _stored(*w.arguments[:-1])
+
+
+def _stored(*arguments):
+    *tensors, scheme, rows, columns, block = arguments
     c = module()
-    stride = w.columns
-    if w.scheme in ("int8", "int4"):  # stored rows are longer
-        stride = w.data.shape[1] * (1 if w.scheme == "int8" else 2)
-    kept = [None if t is None else t.contiguous() for t in w.arguments[:7]]
+    stride = columns
+    if scheme in ("int8", "int4"):  # stored rows are longer
+        stride = tensors[0].shape[1] * (1 if scheme == "int8" else 2)
+    kept = [None if t is None else t.contiguous() for t in tensors]
     data, scale, *four_bit = map(pointer, kept)
-    kind = {"int8": c.QuantScheme.int8, "fp8": c.QuantScheme.fp8}
-    scheme = kind.get(w.scheme, c.QuantScheme.four_bit)
-    return c.quant_weight(scheme, *w.shape, stride, data, scale, w.block, *four_bit), kept
+    kind = c.QuantScheme.four_bit if scheme in ("nf4", "int4") else getattr(c.QuantScheme, scheme)
+    return c.quant_weight(kind, rows, columns, stride, data, scale, block, *four_bit), kept
 
 
 def quantized_linear(x, x_scale, bias, *weight_and_out) -> None:
-    *weight, out = weight_and_out
-    w = QuantizedWeight(*weight)
-    x = x.reshape(-1, w.columns).contiguous()
-    if w.compute == "bf16":
-        x, w = x.bfloat16(), replace(w, scale=torch.ones_like(w.scale))
-    elif w.compute == "fp8":
+    data, scale, *stored_as, compute, out = weight_and_out
+    x = x.reshape(-1, stored_as[-2]).contiguous()
+    if compute == "bf16":
+        x, scale = x.bfloat16(), torch.ones_like(scale)
+    elif compute == "fp8":
         x, x_scale = fp8_rows(x)
-    elif x_scale is None:
-        x, x_scale = quantize_rows(x)
     x_scale = None if x_scale is None else x_scale.contiguous()
+    floats = float_kind(x.dtype if x_scale is None else out.dtype)
     bias = None if bias is None else bias.float().contiguous()
-    stored, _kept = stored_weight(w)
+    weight, _kept = _stored(data, scale, *stored_as)
     c = module()
     args = c.quant_linear_args(
-        *(len(x), pointer(x), pointer(x_scale), stored, pointer(bias)),
+        *(len(x), pointer(x), floats, pointer(x_scale), weight, pointer(bias)),
         *(float_kind(out.dtype), pointer(out)),
     )
-    run = c.quantized_linear_cpu if w.compute == "int8" else c.dequantized_linear_cpu
+    run = c.quantized_linear_cpu if compute == "int8" else c.dequantized_linear_cpu
     run(args, threads())
 
 
