@@ -188,6 +188,26 @@ def test_every_instruction_set_gives_the_same_bits():
             assert there.split()[-1] == here, isa
 
 
+# Rows that lie where they are or are copied, quantized before or on the way, whole blocks and
+# not, outputs of whole lines and not, in memory of any alignment.
+@needs_cpu
+@every_dtype
+@pytest.mark.parametrize("rows", [128, 161, 600])
+def test_many_rows(rows, dtype):
+    for depth, outputs in ((64, 130), (896, 1216), (1000, 64), (2048, 96), (4864, 64)):
+        x, weight, bias = draw(rows, outputs, depth, torch.bfloat16)
+        x[7, 3] = torch.nan
+        int8, quantized = quantize_rows(x), quantize(weight)
+        memory = torch.empty(rows * outputs + 1, dtype=dtype)
+        for b in (None, bias):
+            want = quantized_linear(int8, quantized, b, out_dtype=dtype, impl="reference")
+            for at in (memory[:-1], memory[1:]):
+                out = at.view(rows, outputs)
+                for given in (int8, x):
+                    quantized_linear(given, quantized, b, out_dtype=dtype, out=out.fill_(7))
+                    assert same([out], [want]) and out[7].isnan().all()
+
+
 @every_impl
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_shapes_and_strides(impl, scheme):

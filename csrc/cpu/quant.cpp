@@ -45,15 +45,40 @@ void for_rows(int64_t rows, int64_t width, int buffers, int threads, const Work&
   });
 }
 
-// g / (1 + e^-g), or with GELU's tanh written as an exponential g / (1 + e^(-2 u)).
+// g / (1 + e^-g), or with GELU's tanh written as an exponential g / (1 + e^(-2 u)). The same bits
+// on all instruction sets, and where e would be above e^80 as with that: off by 2e-35 |g|.
 template <bool Gelu>
 Vec gate(Vec g) {
+  constexpr float kTwice = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+  Vec x = -g;
   if constexpr (Gelu) {
-    const Vec u = g * (1.0f + 0.044715f * (g * g));
-    return g / (1.0f + exp(u * -1.5957691216057308f));  // -2 sqrt(2 / pi)
-  } else {
-    return g / (1.0f + exp(-g));
+    x = g * (1.0f + 0.044715f * (g * g)) * -kTwice;
   }
+  x = at_most(at_least(x, splat(kLowest)), splat(80.0f));
+  return g / (1.0f + exp_from_lowest(x, fma_once));
+}
+
+// gate(g) * up of a row; `to` has room for whole vectors.
+template <Float type, bool Gelu>
+void gate_row(const char* g, const char* up, int64_t width, float* to) {
+  constexpr int64_t kSize = type == Float::f32 ? 4 : 2;
+  int64_t k = 0;
+  for (; k + kLanes <= width; k += kLanes) {
+    store(to + k, gate<Gelu>(load_as<type>(g + k * kSize)) * load_as<type>(up + k * kSize));
+  }
+  if (k < width) {
+    float last[2][kLanes] = {};
+    to_floats(g + k * kSize, type, width - k, last[0]);
+    to_floats(up + k * kSize, type, width - k, last[1]);
+    store(to + k, gate<Gelu>(load(last[0])) * load(last[1]));
+  }
+}
+
+template <bool Gelu>
+auto gate_row_of(Float type) {
+  return type == Float::f32    ? gate_row<Float::f32, Gelu>
+         : type == Float::bf16 ? gate_row<Float::bf16, Gelu>
+                               : gate_row<Float::f16, Gelu>;
 }
 
 // 128 times the sum of a weight row of `depth` bytes, for shifted tokens.
@@ -110,9 +135,8 @@ class Block {
 #endif
 
 #ifdef FASTRL_TILES
-  // The tokens of a chunk from m0 on, in tiles.
-  void multiply_tiles(const TokenTiles& tokens, int64_t m0) {
-    WeightPanels(a_, data_, n0_, rows_).multiply(tokens, m0);
+  void multiply_tiles(const TokenTiles& tokens) {
+    WeightPanels(a_, data_, n0_, rows_).multiply(tokens);
   }
 #endif
 
@@ -193,15 +217,15 @@ int64_t rows_in_block(const QuantLinearArgs& a, int threads) {
 
 #ifdef FASTRL_TILES
 void multiply_in_tiles(const QuantLinearArgs& a, int threads) {
-  const int64_t all = words(a.weight.columns);
-  const int64_t most = std::max<int64_t>(kPackedBytes / (all * 4) / kGroup, 1) * kGroup;
+  const int64_t depth = round_up(a.weight.columns, 64);
+  const int64_t most = std::max<int64_t>(kPackedBytes / depth / kGroup, 1) * kGroup;
   const TiledTasks tasks(a, threads);
-  const TokenTiles tokens(std::min(round_up(a.rows, kGroup), most), all);
+  TokenTiles tokens(a, std::min(round_up(a.rows, kGroup), most));
   for (int64_t m = 0; m < a.rows; m += most) {
-    tokens.pack(a, m, threads);
+    tokens.take(m, threads);
     parallel_for(tasks.count, threads, [&](int64_t t) {
       if (const int64_t rows = tasks.first(t + 1) - tasks.first(t)) {
-        Block(a, tasks.first(t), rows).multiply_tiles(tokens, m);
+        Block(a, tasks.first(t), rows).multiply_tiles(tokens);
       }
     });
   }
@@ -250,13 +274,9 @@ void rmsnorm_quant(const RmsnormQuantArgs& args, int threads) {
 
 void glu_quant(const GluQuantArgs& args, int threads) {
   const QuantRowsArgs& a = args.at;
-  for_rows(a.rows, a.width, 2, threads, [&](float* x, float* up, int64_t r) {
-    to_floats(row_of(a.x, a.type, a.width, r), a.type, a.width, x);
-    to_floats(row_of(args.up, a.type, a.width, r), a.type, a.width, up);
-    for (int64_t k = 0; k < a.width; k += kLanes) {
-      const Vec g = load(x + k);
-      store(x + k, (args.gelu ? gate<true>(g) : gate<false>(g)) * load(up + k));
-    }
+  const auto gate = args.gelu ? gate_row_of<true>(a.type) : gate_row_of<false>(a.type);
+  for_rows(a.rows, a.width, 1, threads, [&](float* x, float*, int64_t r) {
+    gate(row_of(a.x, a.type, a.width, r), row_of(args.up, a.type, a.width, r), a.width, x);
     a.scale[r] = quantize_row(x, a.width, a.data + r * a.width);
   });
 }

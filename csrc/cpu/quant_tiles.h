@@ -34,67 +34,86 @@ struct TiledTasks {
   int64_t first(int64_t task) const { return std::min(panels * task / count * kPanel, rows); }
 };
 
-// Some tokens as [token / 32][word / 16][token / 16 % 2][token % 16][16] words: what a product
-// takes one after the other lies so. Floats are quantized on the way.
+// Some tokens, 32 at a time as the rows of tiles: where they lie, if they are int8 rows of whole
+// lines and spread over the sets of L1, or copied to [token / 32][word / 16][token / 16 % 2]
+// [token % 16][16] words, so that a product takes one after the other. Floats are quantized there.
 class TokenTiles {
  public:
-  TokenTiles(int64_t capacity, int64_t words)
-      : capacity_(capacity), words_(words), tiles_(capacity * words), scales_(capacity) {}
+  TokenTiles(const QuantLinearArgs& a, int64_t capacity)
+      : a_(a),
+        capacity_(capacity),
+        words_(words(a.weight.columns)),
+        stay_(a.x_scale && words_ * 4 == a.weight.columns &&
+              (words_ <= Fours::kSteps || a.weight.columns % kHalfOfL1Sets != 0)),
+        tiles_((stay_ ? kGroup : capacity) * words_),
+        scales_(capacity) {}
 
-  // From token m on, as many as there is room for.
-  void pack(const QuantLinearArgs& a, int64_t m, int threads) const {
-    const int64_t width = a.weight.columns, all = count(a, m);
-    parallel_for(ceil_div(all, kGroup), threads, [&](int64_t group) {
-      const RowBuffer floats(a.x_scale ? 0 : width);
-      const Buffer<int8_t> bytes(words_ * 4);
-      std::fill(bytes.get(), bytes.get() + words_ * 4, int8_t{0});
-      for (int64_t t = 0; t < kGroup; ++t) {
-        const int64_t i = group * kGroup + t;
-        const int8_t* row = bytes.get();
-        if (i >= all) {
-          std::fill(bytes.get(), bytes.get() + width, int8_t{0});
-        } else if (a.x_scale) {
-          row = static_cast<const int8_t*>(a.x) + (m + i) * width;
-          scales_.get()[i] = a.x_scale[m + i];
-        } else {
-          to_floats(row_of(a.x, a.x_type, width, m + i), a.x_type, width, floats.get());
-          scales_.get()[i] = quantize_row(floats.get(), width, bytes.get());
-        }
-        auto* line = reinterpret_cast<int8_t*>(tiles_.get() + group * kGroup * words_) + t * 64;
-        int64_t k = 0;
-        for (; k + 64 <= width; k += 64, line += kGroup * 64) {
-          std::memcpy(line, row + k, 64);
-        }
-        if (k < width) {
-          std::memcpy(line, row + k, width - k);
-          std::memset(line + width - k, 0, 64 - (width - k));
-        }
-      }
-    });
+  // Those from token m on, as many as there is room for.
+  void take(int64_t m, int threads) {
+    first_ = m;
+    count_ = std::min(capacity_, a_.rows - m);
+    if (a_.x_scale) {
+      std::copy(a_.x_scale + m, a_.x_scale + m + count_, scales_.get());
+    }
+    const int64_t from = stay_ ? count_ / kGroup : 0;
+    parallel_for(ceil_div(count_, kGroup) - from, threads,
+                 [&](int64_t group) { copy((from + group) * kGroup); });
   }
 
-  const float* scales(int64_t first) const { return scales_.get() + first; }
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+  const float* scales(int64_t i) const { return scales_.get() + i; }
 
-  int64_t count(const QuantLinearArgs& a, int64_t m) const {
-    return std::min(capacity_, a.rows - m);
-  }
-
-  // 32 tokens from the first-th on.
-  Rows rows(int64_t first) const {
+  // 32 tokens from the i-th of these on.
+  Rows rows(int64_t i) const {
+    const bool there = stays(i);
     Rows rows;
-    rows.data = reinterpret_cast<const char*>(tiles_.get() + first * words_);
+    rows.data = there ? row(i) : reinterpret_cast<const char*>(tiles(i));
     rows.stride = 4;
-    rows.sixteen = kGroup * 64;
+    rows.sixteen = there ? 64 : kGroup * 64;
     for (int r = 0; r < kGroup; ++r) {
-      rows.row[r] = r * 64;
+      rows.row[r] = r * (there ? words_ * 4 : 64);
     }
     return rows;
   }
 
  private:
+  // Rows so far apart are in one half of the sets, where a slice of 32 has no room.
+  static constexpr int64_t kHalfOfL1Sets = 2048;
+
+  bool stays(int64_t i) const { return stay_ && i + kGroup <= count_; }
+  const char* row(int64_t i) const {
+    return static_cast<const char*>(a_.x) + (first_ + i) * a_.weight.columns;
+  }
+  uint32_t* tiles(int64_t i) const { return tiles_.get() + (stay_ ? 0 : i * words_); }
+
+  void copy(int64_t i) const {
+    const int64_t width = a_.weight.columns;
+    const RowBuffer floats(a_.x_scale ? 0 : width);
+    const Buffer<int8_t> bytes(words_ * 4);
+    std::fill(bytes.get(), bytes.get() + words_ * 4, int8_t{0});
+    for (int64_t t = 0; t < kGroup; ++t) {
+      if (i + t >= count_) {
+        std::fill(bytes.get(), bytes.get() + width, int8_t{0});
+      } else if (a_.x_scale) {
+        std::memcpy(bytes.get(), row(i + t), width);
+      } else {
+        to_floats(row_of(a_.x, a_.x_type, width, first_ + i + t), a_.x_type, width, floats.get());
+        scales_.get()[i + t] = quantize_row(floats.get(), width, bytes.get());
+      }
+      auto* line = reinterpret_cast<int8_t*>(tiles(i)) + t * 64;
+      for (int64_t k = 0; k < words_ * 4; k += 64, line += kGroup * 64) {
+        std::memcpy(line, bytes.get() + k, 64);
+      }
+    }
+  }
+
+  const QuantLinearArgs& a_;
   const int64_t capacity_, words_;
+  const bool stay_;
   const Buffer<uint32_t> tiles_;
   const Buffer<float> scales_;
+  int64_t first_ = 0, count_ = 0;
 };
 
 // A panel's sums [32 tokens][kPanel] on their way to the output, beside the product that comes
@@ -224,12 +243,11 @@ class WeightPanels {
     }
   }
 
-  void multiply(const TokenTiles& tokens, int64_t m0) {
+  void multiply(const TokenTiles& tokens) {
     const Tiles tiles;
     Storing storing(a_, n0_, rows_);
-    for (int64_t m = 0; m < tokens.count(a_, m0); m += kGroup) {
-      const int64_t n = std::min<int64_t>(kGroup, tokens.count(a_, m0) - m);
-      multiply(tokens.rows(m), m0 + m, tokens.scales(m), n, storing);
+    for (int64_t i = 0; i < tokens.count(); i += kGroup) {
+      multiply(tokens, i, std::min(kGroup, tokens.count() - i), storing);
     }
     storing.finish();
   }
@@ -245,23 +263,25 @@ class WeightPanels {
     }
   }
 
-  // Sums of a panel that is one slice deep are stored before those of the next are made.
-  void multiply(const Rows& tokens, int64_t m0, const float* x_scale, int64_t n,
-                Storing& storing) const {
+  // n tokens from the i-th on. Sums of a panel that is one slice deep are stored before those of
+  // the next are made.
+  void multiply(const TokenTiles& tokens, int64_t i, int64_t n, Storing& storing) const {
+    const Rows rows = tokens.rows(i);
     const int64_t panels = ceil_div(rows_, kPanel), slices = ceil_div(words_, Fours::kSteps);
     const int64_t each = round_up(ceil_div(words_, slices), 16);
+    const int64_t apart = slices > 1 ? kPanel * kGroup : 0;
     const auto run = n > 16 ? multiply_tiles<Fours, 2, 2, Storing, true>
                             : multiply_tiles<Fours, 1, 2, Storing, true>;
-    const int64_t apart = slices > 1 ? kPanel * kGroup : 0;
     for (int64_t k = 0; k < words_; k += each) {
       const int64_t count = std::min(each, words_ - k);
-      Fetching ahead(tokens.data + (k + count) * 4 * kGroup, count * 4 * kGroup,
-                     panels * count / 16);
+      // The next slice, or the next tokens; of rows that stay and are many slices long, what
+      // lies there.
+      Fetching ahead(rows.data + (k + count) * 4 * kGroup, count * 4 * kGroup, panels * count / 16);
       for (int64_t p = 0; p < panels; ++p) {
-        run(tokens, 0, k, count, packed_.get() + p * kPanel * words_, sums_.get() + p * apart,
-            k == 0, ahead, storing);
+        int32_t* const sums = sums_.get() + p * apart;
+        run(rows, 0, k, count, packed_.get() + p * kPanel * words_, sums, k == 0, ahead, storing);
         if (k + count == words_) {
-          storing.add(sums_.get() + p * apart, p, m0, x_scale, n);
+          storing.add(sums, p, tokens.first() + i, tokens.scales(i), n);
         }
       }
     }

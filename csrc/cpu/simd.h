@@ -96,6 +96,18 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// a b + c, rounded once everywhere.
+inline Vec fma_once(Vec a, Vec b, Vec c) {
+#if defined(__AVX2__)
+  return fma(a, b, c);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    c[i] = std::fma(a[i], b[i], c[i]);
+  }
+  return c;
+#endif
+}
+
 // Rounded correctly everywhere.
 inline Vec sqrt(Vec x) {
 #if defined(__AVX512F__) && FASTRL_MAX_LANES >= 16
@@ -178,7 +190,8 @@ inline Vec exp(Vec x) {
 // subnormal. A third of the work of exp.
 constexpr float kLowest = -86.0f;
 
-inline Vec exp_from_lowest(Vec x) {
+template <class MultiplyAdd>
+Vec exp_from_lowest(Vec x, MultiplyAdd fma) {
   constexpr float kRound = 12582912.0f;
   const Vec shifted = fma(x, splat(1.44269504f), splat(kRound));
   const Vec r = fma(shifted - kRound, splat(-0.693147181f), x);
@@ -191,6 +204,10 @@ inline Vec exp_from_lowest(Vec x) {
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
   return as_float(as_int(p) + (as_int(shifted) << 23));  // the low bits of `shifted` are the power
+}
+
+inline Vec exp_from_lowest(Vec x) {
+  return exp_from_lowest(x, [](Vec a, Vec b, Vec c) { return fma(a, b, c); });
 }
 
 }  // namespace
