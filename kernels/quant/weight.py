@@ -69,7 +69,11 @@ class QuantizedWeight:
     @property
     def arguments(self) -> tuple:
         """The fields in order, as the operators take them."""
-        return tuple(getattr(self, name) for name in NAMES)
+        return (
+            *(self.data, self.scale, self.absmax, self.code),
+            *(self.nested_absmax, self.nested_code, self.nested_offset),
+            *(self.scheme, self.rows, self.columns, self.block, self.compute),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         return {n: t for n in NAMES if isinstance(t := getattr(self, n), Tensor)}
