@@ -1,7 +1,7 @@
 // Threads for the CPU kernels. Not OpenMP: GNU's hangs in a forked DataLoader worker, and a team of
 // it waits at every region's end for each of its threads, so that on a machine with other work a
 // backward of many regions took up to three times as long. Here whoever has not woken up in time is
-// not waited for.
+// not waited for, and where the caller runs no worker does.
 #pragma once
 
 #include <cstdint>
