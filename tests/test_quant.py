@@ -188,6 +188,18 @@ def test_every_instruction_set_gives_the_same_bits():
             assert there.split()[-1] == here, isa
 
 
+@needs_cpu
+def test_large_outputs_in_fresh_and_in_used_memory():
+    x, weight, bias = draw(4100, 4096, 64, torch.bfloat16)
+    qweight, some = quantize(weight), [0, 1, 2050, 4099]
+    want = quantized_linear(x[some], qweight, bias)
+    out = quantized_linear(x, qweight, bias)
+    assert out.nbytes > 32 << 20 and torch.equal(out[some], want)
+    memory = torch.full((out.numel() + 1,), 7.0, dtype=out.dtype)
+    quantized_linear(x, qweight, bias, out=memory[1:].view_as(out))
+    assert torch.equal(memory[1:].view_as(out), out) and memory[0] == 7
+
+
 # Rows that lie where they are or are copied, quantized before or on the way, whole blocks and
 # not, outputs of whole lines and not, in memory of any alignment.
 @needs_cpu

@@ -14,6 +14,7 @@
 #include <memory>
 #include <numeric>
 
+#include "pages.h"
 #include "pool.h"
 #include "quant_few.h"
 #include "quant_gemm.h"
@@ -232,6 +233,20 @@ void multiply_in_tiles(const QuantLinearArgs& a, int threads) {
 }
 #endif
 
+// The pages of a large output, which may have been mapped a moment ago: lines that are written past
+// the caches cost twice as much where each page is a fault.
+void make_output(const QuantLinearArgs& a, int threads) {
+  constexpr int64_t kPiece = 2 << 20;
+  const int64_t stride = a.weight.rows * bytes(a.out_type);
+  const int64_t each = std::max<int64_t>(kPiece / stride, 1);
+  if (a.rows * stride >= kMappedAfresh) {
+    parallel_for(ceil_div(a.rows, each), threads, [&](int64_t piece) {
+      const int64_t first = piece * each;
+      make_rows(a.out, a.rows, stride, first, std::min(each, a.rows - first));
+    });
+  }
+}
+
 void quantize_first(QuantLinearArgs a, int threads) {
   const Buffer<int8_t> x(a.rows * a.weight.columns);
   const Buffer<float> scale(a.rows);
@@ -298,6 +313,7 @@ void quantized_linear(const QuantLinearArgs& a, int threads) {
   if (a.rows == 0) {
     return;
   }
+  make_output(a, threads);
 #ifdef FASTRL_TILES
   if (a.rows >= kManyTokens) {
     return multiply_in_tiles(a, threads);
