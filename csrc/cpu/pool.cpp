@@ -116,12 +116,14 @@ class Pool {
         sched_getaffinity(0, sizeof others, &others) != 0) {
       return;
     }
-    kept_off_ = here;
     CPU_CLR(here, &others);
+    if (CPU_COUNT(&others) == 0) {
+      kept_off_ = -1;  // workers stay; once the caller may go elsewhere, so may they
+      return;
+    }
+    kept_off_ = here;
     for (const pthread_t worker : workers_) {
-      if (CPU_COUNT(&others) > 0) {
-        pthread_setaffinity_np(worker, sizeof others, &others);
-      }
+      pthread_setaffinity_np(worker, sizeof others, &others);
     }
 #endif
   }
