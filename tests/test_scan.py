@@ -2,8 +2,6 @@
 
 import hashlib
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -216,58 +214,6 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads(op):
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         assert_same(outputs, run(op, case, "cpu"))
-
-
-@needs_cpu_kernel
-def test_callers_in_several_threads_do_not_meet():
-    case = draw(333, 1000)
-    want = run("gae", case, "cpu")
-    with ThreadPoolExecutor(4) as pool:
-        for got in pool.map(lambda _: run("gae", case, "cpu"), range(40)):
-            assert_same(got, want)
-
-
-@needs_cpu_kernel
-def test_a_forked_child_computes():
-    run_python(
-        "import os\n"
-        "from test_scan import *\n"
-        "native.threads = lambda: 2\n"
-        "case = draw(333, 1000)\n"
-        "want = run('gae', case, 'cpu')\n"
-        "child = os.fork()\n"
-        "if child == 0:\n"
-        "    torch.set_num_threads(1)  # torch's own pool does not survive, as in a DataLoader\n"
-        "    os._exit(0 if all(map(torch.equal, want, run('gae', case, 'cpu'))) else 7)\n"
-        "assert os.waitpid(child, 0)[1] == 0"
-    )
-
-
-@needs_cpu_kernel
-@pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
-    reason="needs two cores and Linux's affinities",
-)
-def test_workers_run_beside_the_caller_and_not_on_its_core():
-    run_python(
-        "import os\n"
-        "from test_scan import *\n"
-        "native.threads = lambda: 2\n"
-        "case, allowed = draw(333, 1000), os.sched_getaffinity(0)\n"
-        "before = set(os.listdir('/proc/self/task'))\n"
-        "def here(): return int(open('/proc/self/stat').read().rpartition(')')[2].split()[36])\n"
-        "for core in sorted(allowed)[:2]:\n"
-        "    os.sched_setaffinity(0, {core})\n"
-        "    run('gae', case, 'cpu')  # no other core is left: workers stay\n"
-        "    os.sched_setaffinity(0, allowed)\n"
-        "    core = here()\n"
-        "    run('gae', case, 'cpu')\n"
-        "    workers = set(os.listdir('/proc/self/task')) - before\n"
-        "    [place] = (os.sched_getaffinity(int(worker)) for worker in workers)\n"
-        "    assert place < allowed and len(allowed - place) == 1\n"
-        "    assert core not in place or core != here()  # or the caller has moved\n"
-        "assert os.sched_getaffinity(0) == allowed"
-    )
 
 
 @needs_cpu_kernel

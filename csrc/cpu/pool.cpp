@@ -3,6 +3,8 @@
 #include <pthread.h>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -94,22 +96,19 @@ class Pool {
  private:
   void hire(int wanted) {
     try {
-      while (static_cast<int>(workers_.size()) < wanted) {
-        std::thread worker(&Pool::work, this);
-        workers_.push_back(worker.native_handle());
-        worker.detach();
-        kept_off_ = -1;
+      for (; hired_ < wanted; ++hired_) {
+        std::thread(&Pool::work, this).detach();
       }
     } catch (const std::system_error&) {
       // The process may have no more threads: the work gets done with those there are.
     }
   }
 
+#if defined(__linux__)
   // Workers may run wherever the caller may, but where it does: the kernel of a virtual machine can
   // take a core at rest for one that the host has taken away, and then queues a worker that wakes
   // up behind the caller, for milliseconds.
   void keep_off_this_core() {
-#if defined(__linux__)
     const int here = sched_getcpu();
     cpu_set_t others;
     if (here == kept_off_ || here < 0 || here >= CPU_SETSIZE ||
@@ -122,13 +121,28 @@ class Pool {
       return;
     }
     kept_off_ = here;
-    for (const pthread_t worker : workers_) {
-      pthread_setaffinity_np(worker, sizeof others, &others);
+    others_ = others;
+    for (const pid_t worker : workers_) {
+      sched_setaffinity(worker, sizeof others_, &others_);
     }
-#endif
   }
 
+  // By the number that glibc has known for longer than the thread's handle: docs/packaging.md says
+  // how old a Linux may be.
+  void enlist() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    workers_.push_back(static_cast<pid_t>(syscall(SYS_gettid)));
+    if (kept_off_ >= 0) {
+      sched_setaffinity(0, sizeof others_, &others_);
+    }
+  }
+#else
+  void keep_off_this_core() {}
+  void enlist() {}
+#endif
+
   void work() {
+    enlist();
     uint64_t seen = 0;
     for (;;) {
       spin_until([&] { return round_.load(std::memory_order_acquire) != seen; });
@@ -151,8 +165,12 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::vector<pthread_t> workers_;
-  int kept_off_ = -1;  // the core that workers may not run on
+#if defined(__linux__)
+  std::vector<pid_t> workers_;
+  cpu_set_t others_;  // where they may run, unless kept_off_ is -1
+  int kept_off_ = -1;
+#endif
+  int hired_ = 0;
   std::atomic<uint64_t> round_{0};
   Tasks* tasks_ = nullptr;
   int open_seats_ = 0;
