@@ -77,9 +77,10 @@ class Models:
                 half.load_state_dict(self.float32.state_dict())
                 self.made[scheme] = half.to(torch.bfloat16)
             else:
-                checkpoint, (weights, *between) = Checkpoint.of(self.float32), scheme.split(", ")
+                weights, *wide = scheme.split(", ")
+                source = self.float32 if weights == "float32" else self.get("half")
                 self.made[scheme] = QuantizedRewardModel.from_pretrained(
-                    checkpoint, weights, activations="bf16" if between else None
+                    Checkpoint.of(source), weights, activations="float32" if wide else None
                 )
         return self.made[scheme]
 
@@ -120,7 +121,8 @@ class Score(Race):
         "unpadded": "fastrl, prompts apart",
         "shared prompt": "fastrl, all of the last layer",
         "last layer": "fastrl float32",
-        "int8": "fastrl int8",
+        "int8": "fastrl int8, float32 between",
+        "bf16 between": "fastrl int8",
     }
 
     def variants(self, device):
@@ -128,7 +130,7 @@ class Score(Race):
             raise ValueError("score races on a CPU")
         return {
             "fastrl int8": Variant(partial(part, scheme="int8")),
-            "fastrl int8, bf16 between": Variant(partial(part, scheme="int8, bf16 between")),
+            "fastrl int8, float32 between": Variant(partial(part, scheme="int8, float32 between")),
             "fastrl float32": Variant(part),
             "fastrl, all of the last layer": Variant(partial(part, last_layer="all"), slow=True),
             "fastrl, prompts apart": Variant(

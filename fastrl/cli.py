@@ -137,7 +137,7 @@ def score(
     batch_tokens: Annotated[int, typer.Option(help="Tokens computed at a time.")] = 4096,
     activations: Annotated[
         str | None,
-        typer.Option(help="Between layers: float32, or bf16, faster on a CPU with AMX."),
+        typer.Option(help="Between layers: float32 or bf16; default: as the model is stored."),
     ] = None,
 ) -> None:
     """Score pairs of prompt and completion with a quantized reward model."""

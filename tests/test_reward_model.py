@@ -56,11 +56,12 @@ def test_schemes_are_within_their_error(family, scheme, error):
     assert 1e-5 < found < error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", ["int8", "nf4", "float32"])
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma2"])
 @needs_cpu
-def test_bits_do_not_depend_on_the_batch(family, scheme):
-    model = load(tiny(family, num_labels=2), scheme)
+def test_bits_do_not_depend_on_the_batch(family, scheme, dtype):
+    model = load(tiny(family, dtype, num_labels=2), scheme)
     want = model.score(PROMPTS, COMPLETIONS)
     alone = [model.score([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert torch.equal(torch.stack(alone), want)
@@ -73,18 +74,19 @@ def test_bits_do_not_depend_on_the_batch(family, scheme):
         assert torch.equal(model.score(PROMPTS, COMPLETIONS), want)
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @needs_cpu
-def test_activations_in_bf16(family):
-    model, wide = (load(tiny(family), "int8", activations=x) for x in ("bf16", "float32"))
-    scores, want = (m.score(PROMPTS, COMPLETIONS) for m in (model, wide))
-    assert torch.equal(want, load(tiny(family), "int8").score(PROMPTS, COMPLETIONS))
+def test_activations_have_the_precision_of_the_checkpoint(dtype):
+    model, kinds = tiny(dtype=dtype), ("bf16", "float32")
+    half, wide = (load(model, "int8", activations=x) for x in kinds)
+    scores, want = (m.score(PROMPTS, COMPLETIONS) for m in (half, wide))
     assert scores.dtype == torch.float32 and not torch.equal(scores, want)
     assert (scores - want).norm() < 0.1 * want.norm()
-    assert torch.equal(model.score(PROMPTS, COMPLETIONS, share_prompts=False), scores)
-    alone = [model.score([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    assert torch.equal(torch.stack(alone), scores)
-    assert model.fingerprint() != wide.fingerprint()
+    assert half.fingerprint() != wide.fingerprint()
+    default = want if dtype == torch.float32 else scores
+    assert torch.equal(load(model, "int8").score(PROMPTS, COMPLETIONS), default)
+    of_scheme = {scheme: load(model, scheme).dtype for scheme in ("bf16", "float32")}
+    assert of_scheme == {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4", "float32"])
@@ -109,9 +111,10 @@ def test_scores_of_tokens_are_hugging_faces():
     assert found[1].numel() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @needs_cpu
-def test_int8_bits_do_not_depend_on_threads():
-    model, found = load(tiny("gemma2"), "int8"), []
+def test_int8_bits_do_not_depend_on_threads(dtype):
+    model, found = load(tiny("gemma2", dtype), "int8"), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
         found.append(model.score(PROMPTS, COMPLETIONS))

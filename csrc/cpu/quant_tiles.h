@@ -203,13 +203,14 @@ class Storing {
   }
 
  private:
-  // Whether the output is written past the caches: it is too large to be found there, and whole
-  // lines need not be read first.
+  // Whether the output is written past the caches: where it is large, and its lines would drive
+  // out sums that wait in L2 for the next slice. Else that costs time, as memory that was used a
+  // moment ago lies in L3.
   static bool is_past(const QuantLinearArgs& a) {
-    constexpr int64_t kLarge = 1 << 20;
+    constexpr int64_t kLarge = 12 << 20;
     const int64_t stride = a.weight.rows * bytes(a.out_type);
-    return a.rows * stride > kLarge && stride % 64 == 0 &&
-           reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
+    return words(a.weight.columns) > Fours::kSteps && a.rows * stride > kLarge &&
+           stride % 64 == 0 && reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
   }
 
   __attribute__((noinline)) void store_some(const int32_t* sums, float x_scale, char* to) const {

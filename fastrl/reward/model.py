@@ -62,9 +62,10 @@ class QuantizedRewardModel:
         self.device = torch.device(device)
         self.batch_tokens = batch_tokens
         self._ends = Ends.read(checkpoint, self.device)
-        # Of what lies between layers. float32 costs a CPU without AMX little, and the scores gain.
-        half = self.scheme == "bf16" or (self.device.type == "cuda" and self.scheme != "float32")
-        self.dtype = FLOATS[activations or ("bf16" if half else "float32")]
+        # Of what lies between layers.
+        half = self.device.type == "cuda" or self._ends.embedding.dtype.itemsize == 2
+        default = "float32" if self.scheme == "float32" or not half else "bf16"
+        self.dtype = FLOATS[activations or ("bf16" if self.scheme == "bf16" else default)]
         self._rotary = Rotary(checkpoint.config, self.device)
 
     @classmethod
@@ -92,10 +93,10 @@ class QuantizedRewardModel:
         smooth is calibration data, texts or token ids: outliers among the channels of activations
         move into the weights before these are quantized (SmoothQuant, 2211.10438). tokenizer
         defaults to the directory's own, where it has one. batch_tokens bounds how many tokens are
-        computed at a time. activations is what lies between layers: `float32`, the default on a
-        CPU, or `bf16`, that of a GPU and of the scheme bf16: on a CPU with AMX a good deal faster,
-        with scores that are a little noisier. options are those of `fastrl.kernels.quantize`, as
-        `group` for int4.
+        computed at a time. activations is what lies between layers: `bf16`, the default where the
+        checkpoint itself is in half precision, on a GPU and with the scheme bf16, or `float32`,
+        that of a float32 checkpoint on a CPU and of the scheme float32. options are those of
+        `fastrl.kernels.quantize`, as `group` for int4.
 
         Raises `RewardModelError` for what is not a reward model, a missing or misshapen head, an
         unknown backbone, tensors that are missing, misshapen, NaN or infinite; `ValueError` for an

@@ -1,5 +1,6 @@
 """The operators of library.py on a CPU: what csrc/cpu/quant.cpp and dequant.cpp are called with."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -91,19 +92,24 @@ def stored_weight(w: QuantizedWeight):
 
 def _stored(*arguments):
     *tensors, scheme, rows, columns, block = arguments
-    c = module()
     stride = columns
     if scheme in ("int8", "int4"):  # stored rows are longer
         stride = tensors[0].shape[1] * (1 if scheme == "int8" else 2)
     kept = [None if t is None else t.contiguous() for t in tensors]
     data, scale, *four_bit = map(pointer, kept)
-    kind = c.QuantScheme.four_bit if scheme in ("nf4", "int4") else getattr(c.QuantScheme, scheme)
-    return c.quant_weight(kind, rows, columns, stride, data, scale, block, *four_bit), kept
+    kind = _kind(scheme)
+    return module().quant_weight(kind, rows, columns, stride, data, scale, block, *four_bit), kept
+
+
+@cache
+def _kind(scheme):
+    kinds = module().QuantScheme
+    return kinds.four_bit if scheme in ("nf4", "int4") else getattr(kinds, scheme)
 
 
 def quantized_linear(x, x_scale, bias, *weight_and_out) -> None:
     data, scale, *stored_as, compute, out = weight_and_out
-    x = x.reshape(-1, stored_as[-2]).contiguous()
+    x = x.contiguous()
     if compute == "bf16":
         x, scale = x.bfloat16(), torch.ones_like(scale)
     elif compute == "fp8":
@@ -114,7 +120,7 @@ def quantized_linear(x, x_scale, bias, *weight_and_out) -> None:
     weight, _kept = _stored(data, scale, *stored_as)
     c = module()
     args = c.quant_linear_args(
-        *(len(x), pointer(x), floats, pointer(x_scale), weight, pointer(bias)),
+        *(x.numel() // stored_as[-2], pointer(x), floats, pointer(x_scale), weight, pointer(bias)),
         *(float_kind(out.dtype), pointer(out)),
     )
     run = c.quantized_linear_cpu if compute == "int8" else c.dequantized_linear_cpu
