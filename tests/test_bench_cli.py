@@ -209,11 +209,12 @@ def test_mistakes_are_named_before_any_work(arguments, message):
 def test_ladder_by_hand():
     """What each part multiplies the speed by, and their product; nothing where one is missing."""
     race = bench.load("score")
-    times = dict(zip(race.ladder.values(), (12.0, 16.0, 8.0, 4.0, 1.0), strict=True))
+    times = dict(zip(race.ladder.values(), (12.0, 16.0, 8.0, 4.0, 1.0, 0.5), strict=True))
     variants = {name: {"forward": {"median": seconds}} for name, seconds in times.items()}
     assert variants.keys() <= race.variants(CPU).keys()
     found = report.ladder({"op": "score", "variants": variants}, "forward")
-    assert found == {"unpadded": 0.75, "shared prompt": 2.0, "last layer": 2.0, "int8": 4.0}
+    parts = {"unpadded": 0.75, "shared prompt": 2.0, "last layer": 2.0, "int8": 4.0}
+    assert found == {**parts, "bf16 between": 2.0}
     variants.pop("HF float32")
     assert report.ladder({"op": "score", "variants": variants}, "forward") == {}
     assert report.ladder({"op": "scan", "variants": variants}, "forward") == {}
