@@ -31,9 +31,9 @@ GATE = {"layers": 2, "prompts": 2, "P": 40, "G": 3, "tokens": 8}
 FEW = 16  # tokens behind the short prompt, and draws of the head
 UNLIKE = "share of tokens unlike generate's"
 # Engines that get the model in a format of their own: the peer, and the type of keys and values
-# (OpenVINO), or of the weights where it is not the model's (llama.cpp).
+# (OpenVINO) or of the weights (llama.cpp) where it is not the model's.
 EXPORTED = {
-    "OpenVINO": ("openvino", "f32"),
+    "OpenVINO": ("openvino", None),
     "OpenVINO, u8 cache": ("openvino", "u8"),
     "llama.cpp": ("llamacpp", None),
     "llama.cpp, Q8_0": ("llamacpp", "Q8_0"),
@@ -188,9 +188,12 @@ class Rollout(Race):
         """On a small case: greedy tokens are generate's (float32), or hidden states agree.
 
         Of llama.cpp logits do, where its weights are not the model's float32; int8 products count
-        as another dtype.
+        as another dtype. OpenVINO gives no logits: what it gets of a bf16 model, in float32, is
+        compared as a float32 model is.
         """
         few = {"prompts": min(GATE["prompts"], shape["prompts"])}  # one is another path than many
+        if variant.peer == "openvino":
+            few["dtype"] = "float32"
         case = self.draw(shape | GATE | few, inputs.model.device)
         keywords = getattr(variant.function, "keywords", {})
         quantized = keywords.get("kind") == "Q8_0" or variant.function is fastrl_int8

@@ -1,11 +1,12 @@
 """OpenVINO GenAI in rollouts: a Hugging Face model exported on the spot, and a pipeline on it.
 
 The export is what OpenVINO's own tools make of a decoder-only model, its forward traced with the
-cache as state, in the model's float32. The pipeline is the one with continuous batching: it
-computes a prompt once for all completions of a request and keeps its keys and values once, and
-each completion reads them for itself.
+cache as state, in float32; it computes in the model's dtype. The pipeline is the one with
+continuous batching: it computes a prompt once for all completions of a request and keeps its keys
+and values once, and each completion reads them for itself.
 """
 
+import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,8 +52,6 @@ def export(model: PreTrainedModel, folder: Path) -> None:
     from openvino import opset13
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    if model.dtype != torch.float32:
-        raise ValueError(f"the model is {model.dtype}; it is exported from torch.float32")
     c = model.config
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rows, tokens, before = 2, 4, 3  # traced with; any others will do
@@ -96,28 +95,35 @@ def export(model: PreTrainedModel, folder: Path) -> None:
     c.to_json_file(folder / "config.json")
 
 
-class OpenVino:
-    """A model in OpenVINO GenAI, in float32 on as many threads as PyTorch has.
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
-    ``cache`` is the type of keys and values: "f32", or "u8", which is OpenVINO's default.
+
+class OpenVino:
+    """A model in OpenVINO GenAI, in its float32 or bfloat16 on as many threads as PyTorch has.
+
+    ``cache`` is the type of keys and values: None, as the model, or "u8", OpenVINO's default.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: str):
+    def __init__(self, model: PreTrainedModel, cache: str | None):
         import openvino_genai
 
+        if model.dtype not in PRECISIONS:
+            raise ValueError(f"the model is {model.dtype}; it must be float32 or bfloat16")
+        precision = PRECISIONS[model.dtype]
+        wide = model if precision == "f32" else copy.deepcopy(model).float()
         schedule = openvino_genai.SchedulerConfig()
         schedule.max_num_batched_tokens = BATCHED
         schedule.enable_prefix_caching = False
         threads = torch.get_num_threads()
         properties = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": cache,
+            "INFERENCE_PRECISION_HINT": precision,
+            "KV_CACHE_PRECISION": cache or precision,
             "INFERENCE_NUM_THREADS": threads,
             "sampler_num_threads": threads,
         }
         # What it has mapped of the files stays after they are gone.
         with TemporaryDirectory(prefix="fastrl-bench-", ignore_cleanup_errors=True) as folder:
-            export(model, Path(folder))
+            export(wide, Path(folder))
             self._pipeline = openvino_genai.ContinuousBatchingPipeline(
                 folder, schedule, "CPU", properties
             )
