@@ -189,8 +189,9 @@ def test_every_instruction_set_gives_the_same_bits():
 
 
 @needs_cpu
-def test_large_outputs_in_fresh_and_in_used_memory():
-    x, weight, bias = draw(4100, 4096, 64, torch.bfloat16)
+@pytest.mark.parametrize("depth", [64, 1100])  # with AMX one slice, and several
+def test_large_outputs_in_fresh_and_in_used_memory(depth):
+    x, weight, bias = draw(4100, 4096, depth, torch.bfloat16)
     qweight, some = quantize(weight), [0, 1, 2050, 4099]
     want = quantized_linear(x[some], qweight, bias)
     out = quantized_linear(x, qweight, bias)
