@@ -64,8 +64,8 @@ class QuantizedRewardModel:
         self._ends = Ends.read(checkpoint, self.device)
         # Of what lies between layers.
         half = self.device.type == "cuda" or self._ends.embedding.dtype.itemsize == 2
-        default = "float32" if self.scheme == "float32" or not half else "bf16"
-        self.dtype = FLOATS[activations or ("bf16" if self.scheme == "bf16" else default)]
+        default = self.scheme if self.scheme in FLOATS else "bf16" if half else "float32"
+        self.dtype = FLOATS[activations or default]
         self._rotary = Rotary(checkpoint.config, self.device)
 
     @classmethod
